@@ -1,0 +1,28 @@
+//! Gurukul serves a small language model over HTTP and teaches it at the same time.
+//!
+//! The map, from the outside in (`ARCHITECTURE.md` has the picture):
+//!
+//! - [`cli`] and [`config`]: the command line, settings as typed and as resolved;
+//! - [`app`]: builds everything once and shuts it down in order;
+//! - [`http`]: the one route table and one file a resource;
+//! - [`adapters`]: LoRA adapters as PEFT directories on disk;
+//! - [`engine`]: the thread that owns the device; scheduling, sampling, streaming;
+//! - [`model`]: checkpoints, tokenizers, families, the one decoder;
+//! - [`nn`]: tensors only: layers, kernels, the KV cache;
+//! - [`data`]: files from where they lie (today: model files from a hub);
+//! - [`text`]: pure functions on text: scripts, languages, cleaning;
+//! - [`metrics`]: every metric, named in one place.
+//!
+//! Imports run downward only; `tests/tidy.rs` holds that.
+
+pub mod adapters;
+pub mod app;
+pub mod cli;
+pub mod config;
+pub mod data;
+pub mod engine;
+pub mod http;
+pub mod metrics;
+pub mod model;
+pub mod nn;
+pub mod text;

@@ -1,0 +1,1 @@
+//! Chat templates as models on the hub carry them (Jinja), rendered by minijinja.
