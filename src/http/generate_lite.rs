@@ -26,7 +26,8 @@ use crate::engine::{
 };
 use crate::model::tokenizer::AddSpecial;
 use crate::text::clean::clean;
-use crate::text::language::{Language, target_of_prompt};
+use crate::text::language::Language;
+use crate::text::prompt::target_of_prompt;
 
 const FIELDS: ContextFields = ContextFields { prompt: "prompt", max_tokens: "max_new_tokens" };
 

@@ -28,7 +28,7 @@ use super::state::AppState;
         (name = "adapters", description = "LoRA adapters"),
         (name = "server", description = "The server itself"),
     ),
-    components(schemas(super::generate_lite::TokenEvent, super::openai::chat::ContentPart)),
+    components(schemas(super::generate_lite::TokenEvent, super::openai::chat_wire::ContentPart)),
 )]
 pub(super) struct Base;
 

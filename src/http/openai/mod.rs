@@ -2,6 +2,7 @@
 //! The served model and each adapter are models; an unknown name is an error, never the base.
 
 pub(super) mod chat;
+pub(super) mod chat_wire;
 pub(super) mod completions;
 pub(super) mod models;
 
