@@ -1,5 +1,10 @@
 //! Checkpoints as they lie on disk, and the decoder that runs them.
 
 pub mod chat_template;
+pub mod checkpoint;
+pub mod config;
+pub mod decoder;
+pub mod families;
 pub mod load;
+pub mod spec;
 pub mod tokenizer;
