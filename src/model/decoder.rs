@@ -42,7 +42,7 @@ pub struct Batch {
 pub struct Decoder {
     spec: Spec,
     device: Device,
-    activations: DType,
+    holding: Holding,
     embedding: Weight,
     positions: Option<Weight>,
     embedding_norm: Option<Norm>,
@@ -125,7 +125,7 @@ impl Decoder {
         Ok(Self {
             spec,
             device: device.clone(),
-            activations: holding.activations,
+            holding,
             embedding,
             positions: learned_positions,
             embedding_norm,
@@ -161,7 +161,12 @@ impl Decoder {
 
     /// Type of activations and cache.
     pub fn activations(&self) -> DType {
-        self.activations
+        self.holding.activations
+    }
+
+    /// Type of dense weights.
+    pub fn weights_dtype(&self) -> DType {
+        self.holding.weights
     }
 
     /// Shape of the cache that [`Decoder::forward`] writes to.
@@ -192,18 +197,21 @@ impl Decoder {
             .iter()
             .flat_map(|span| (span.start..span.start + span.rows.len()).map(|p| p as u32))
             .collect();
-        let mut x = self.embedding.gather(&batch.tokens, self.activations)?; // [R, hidden]
+        let mut x = self.embedding.gather(&batch.tokens, self.holding.activations)?; // [R, hidden]
         if self.spec.embedding_scale != 1.0 {
             x = (x * self.spec.embedding_scale)?;
         }
         if let Some(table) = &self.positions {
-            x = add_scaled(&x, &table.gather(&positions, self.activations)?, 1.0)?;
+            x = add_scaled(&x, &table.gather(&positions, self.holding.activations)?, 1.0)?;
         }
         if let Some(norm) = &self.embedding_norm {
             x = norm.forward(&x)?;
         }
         for (number, layer) in self.layers.iter().enumerate() {
             x = self.layer(number, layer, x, batch, &positions, cache)?;
+        }
+        if batch.outputs.is_empty() {
+            return Tensor::zeros((0, self.spec.vocab_size), DType::F32, &self.device);
         }
         let wanted = Tensor::new(batch.outputs.as_slice(), &self.device)?;
         let x = self.final_norm.forward(&x.index_select(&wanted, 0)?)?;
