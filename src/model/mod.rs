@@ -7,4 +7,6 @@ pub mod decoder;
 pub mod families;
 pub mod load;
 pub mod spec;
+#[cfg(test)]
+mod tests;
 pub mod tokenizer;

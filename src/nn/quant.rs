@@ -181,3 +181,88 @@ impl Weight {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::linear::Linear;
+    use crate::nn::lora::LoraBatch;
+
+    fn product(weight: Weight, x: &Tensor) -> Result<Vec<Vec<f32>>> {
+        Linear::new(weight, None, None).forward(x, &LoraBatch::default())?.to_vec2()
+    }
+
+    /// Half a step of each element's block, from the block's own definition and the dense weights: what rounding
+    /// to the format may cost, f16 rounding of the scale (2^-11) included.
+    fn half_steps(format: GgmlDType, row: &[f32]) -> Vec<f32> {
+        let extent = |block: &[f32]| block.iter().fold(0f32, |m, w| m.max(w.abs()));
+        match format {
+            // Steps of max / 127.
+            GgmlDType::Q8_0 => row.chunks(32).flat_map(|b| vec![extent(b) * (0.5 / 127.0 + 1.0 / 2048.0); 32]).collect(),
+            // Steps of max / 8 with one side a step short: the far end may be a whole step away.
+            GgmlDType::Q4_0 => row.chunks(32).flat_map(|b| vec![extent(b) * (1.0 / 8.0 + 1.0 / 2048.0); 32]).collect(),
+            // Sub-blocks of 32 with steps of (max - min) / 15; scale and minimum are themselves rounded to 6 bits
+            // of the largest of their eight, which adds up to one more part in 126 of that largest.
+            _ => row
+                .chunks(256)
+                .flat_map(|super_block| {
+                    let spread = |b: &[f32]| {
+                        let low = b.iter().copied().fold(0f32, f32::min);
+                        (b.iter().copied().fold(f32::MIN, f32::max).max(0.0) - low, -low)
+                    };
+                    let parts: Vec<(f32, f32)> = super_block.chunks(32).map(spread).collect();
+                    let widest = parts.iter().fold(0f32, |m, p| m.max(p.0));
+                    let lowest = parts.iter().fold(0f32, |m, p| m.max(p.1));
+                    let step = |p: &(f32, f32)| p.0 * (0.5 / 15.0) + widest / 63.0 + lowest / 63.0;
+                    parts.iter().flat_map(|p| vec![step(p); 32]).collect::<Vec<_>>()
+                })
+                .collect(),
+        }
+    }
+
+    #[test]
+    fn a_quantized_product_is_off_by_its_formats_rounding_and_nothing_else() -> Result<()> {
+        let (m, n, k) = (5, 12, 512);
+        let dense = Tensor::randn(0f32, 0.05, (n, k), &Device::Cpu)?;
+        let x = Tensor::randn(0f32, 1.0, (m, k), &Device::Cpu)?;
+        let exact = product(Weight::dense(dense.clone())?, &x)?;
+        let (w_rows, x_rows) = (dense.to_vec2::<f32>()?, x.to_vec2::<f32>()?);
+        for format in [GgmlDType::Q8_0, GgmlDType::Q4_0, GgmlDType::Q4K] {
+            let weight = Weight::blocks(&dense, format, &Device::Cpu)?;
+            let same_in_f32 = product(Weight::dense(weight.to_f32()?)?, &x)?;
+            let ours = product(weight, &x)?;
+            for i in 0..m {
+                for j in 0..n {
+                    let apart = (ours[i][j] - same_in_f32[i][j]).abs();
+                    assert!(apart <= 2e-6, "{format:?}: {apart} from the product with dequantized weights");
+                    let steps = half_steps(format, &w_rows[j]);
+                    let bound: f32 = steps.iter().zip(&x_rows[i]).map(|(s, x)| s * x.abs()).sum();
+                    let error = (ours[i][j] - exact[i][j]).abs();
+                    assert!(error <= bound, "{format:?}: error {error} above the format's own {bound}");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn half_precision_products_are_those_of_the_rounded_weights() -> Result<()> {
+        let dense = Tensor::randn(0f32, 0.05, (9, 70), &Device::Cpu)?;
+        let x = Tensor::randn(0f32, 1.0, (13, 70), &Device::Cpu)?;
+        for dtype in [DType::F16, DType::BF16] {
+            let rounded = dense.to_dtype(dtype)?;
+            let wide = product(Weight::dense(rounded.to_dtype(DType::F32)?)?, &x)?;
+            assert_eq!(product(Weight::dense(rounded)?, &x)?, wide, "{dtype:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn formats_follow_the_row_length() {
+        assert_eq!(Quantization::Q4K.format(Role::Layer, 512), Some(GgmlDType::Q4K));
+        assert_eq!(Quantization::Q4K.format(Role::Layer, 576), Some(GgmlDType::Q4_0));
+        assert_eq!(Quantization::Q4K.format(Role::Vocabulary, 512), Some(GgmlDType::Q8_0));
+        assert_eq!(Quantization::Q8_0.format(Role::Layer, 48), None);
+        assert_eq!(Quantization::None.format(Role::Layer, 512), None);
+    }
+}
