@@ -13,10 +13,10 @@ pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> 
         let w = &*weight;
         return by_rows(x, w.len(), |x, y| rms_row(x, w, eps as f32, y));
     }
-    let wide = x.to_dtype(DType::F32)?;
+    let wide = x.to_dtype(DType::F32)?.reshape(((), weight.elem_count()))?;
     let mean = wide.sqr()?.mean_keepdim(D::Minus1)?;
     let normed = wide.broadcast_div(&(mean + eps)?.sqrt()?)?;
-    normed.broadcast_mul(weight)?.to_dtype(x.dtype())
+    normed.broadcast_mul(weight)?.to_dtype(x.dtype())?.reshape(x.shape())
 }
 
 /// (x - mean) / sqrt(var + eps) * weight + bias, as [`rms_norm`].
@@ -26,11 +26,11 @@ pub(crate) fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -
         let (w, b) = (&*weight, &*bias);
         return by_rows(x, w.len(), |x, y| layer_row(x, w, b, eps as f32, y));
     }
-    let wide = x.to_dtype(DType::F32)?;
+    let wide = x.to_dtype(DType::F32)?.reshape(((), weight.elem_count()))?;
     let centred = wide.broadcast_sub(&wide.mean_keepdim(D::Minus1)?)?;
     let var = centred.sqr()?.mean_keepdim(D::Minus1)?;
     let normed = centred.broadcast_div(&(var + eps)?.sqrt()?)?;
-    normed.broadcast_mul(weight)?.broadcast_add(bias)?.to_dtype(x.dtype())
+    normed.broadcast_mul(weight)?.broadcast_add(bias)?.to_dtype(x.dtype())?.reshape(x.shape())
 }
 
 /// Applies `f(rows of x, rows of y)` in parallel; `f` takes whole rows of `d` elements, several at a time.
