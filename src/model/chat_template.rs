@@ -13,7 +13,7 @@ use serde::Serialize;
 const FUEL: u64 = 1_000_000;
 
 /// Bytes that `tojson` writes for one unit of work; fewer than are copied for it, as walking a value costs more.
-const JSON_BYTES_PER_FUEL: u64 = 16;
+const JSON_BYTES_PER_FUEL: u64 = 4;
 
 /// The name under which the template is kept; without an extension, so that nothing is escaped.
 const NAME: &str = "chat_template";

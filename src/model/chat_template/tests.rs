@@ -159,6 +159,10 @@ fn a_hostile_template_is_stopped() {
     let nested = "{% set ns = namespace(v=['x']) %}{% for i in range(40) %}{% set ns.v = [ns.v, ns.v] %}{% endfor %}\
                   {{ ns.v | tojson }}";
     assert!(render(nested).is_err());
+    let deep = "{% set ns = namespace(v=[]) %}{% for i in range(500) %}{% for j in range(30) %}{% set ns.v = [ns.v] %}\
+                {% endfor %}{% endfor %}";
+    assert!(render(&format!("{deep}{{{{ ns.v | tojson }}}}")).is_err());
+    assert_eq!(render(deep).unwrap(), "");
 }
 
 #[test]

@@ -3,6 +3,9 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::text::language::Language::{
+    Bengali, English, Gujarati, Hindi, Kannada, Malayalam, Marathi, Nepali, Punjabi, Tamil, Telugu, Urdu,
+};
 
 #[test]
 fn english_requests() {
