@@ -9,6 +9,7 @@ use std::io::Write as _;
 use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
+use futures::FutureExt as _;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -22,7 +23,7 @@ use crate::engine::{AdapterHandle, EngineHandle};
 
 /// What to measure.
 #[derive(Debug, Clone, clap::Args)]
-pub struct Args {
+pub(super) struct Args {
     #[command(subcommand)]
     subject: Subject,
 }
@@ -51,7 +52,7 @@ struct ServeArgs {
 ///
 /// # Errors
 /// A workload that cannot be run, a model that does not load, a request that fails, a closed stdout.
-pub fn run(args: Args, settings: Settings) -> anyhow::Result<()> {
+pub(super) fn run(args: Args, settings: Settings) -> anyhow::Result<()> {
     let runtime = super::runtime()?;
     let report = match args.subject {
         Subject::Generate(workload) => {
@@ -184,11 +185,8 @@ async fn serve_here(workload: &Workload, app: App) -> anyhow::Result<Map<String,
     fits(workload, &engine)?;
     let url = format!("http://{}", app.address());
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let server = tokio::spawn(app.run(async move {
-        // A dropped sender stops the server as well.
-        let _ = stopped.await;
-        std::future::pending::<()>()
-    }));
+    // A dropped sender stops the server as well; it is never asked twice.
+    let server = tokio::spawn(app.run(stopped.map(|_| std::future::pending::<()>())));
     let info = engine.info();
     let prompts = Prompts::new(workload, info.vocab_size, &info.eos_token_ids);
     let measured = async {

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, bail};
 use futures::StreamExt as _;
 use futures::future::try_join_all;
 use serde::Deserialize;
@@ -124,8 +124,10 @@ impl Server {
                 if data == "[DONE]" {
                     times.total_ms = now.duration_since(sent).as_secs_f64() * 1000.0;
                     times.tokens = usage.context("the stream ended without usage")?;
-                    // The text of a stream need not come token by token, but it has to come.
-                    ensure!(last.is_some(), "the stream held no text");
+                    // Tokens without text of their own (special ones) still ended with the stream.
+                    if last.is_none() {
+                        times.first_token_ms = times.total_ms;
+                    }
                     return Ok(times);
                 }
                 let part: Part =
@@ -239,11 +241,17 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn an_answer_of_special_tokens_has_its_end_for_its_first() {
+        let parts = [r#"{"choices":[],"usage":{"completion_tokens":3}}"#, "[DONE]"];
+        let times = answering(stream(&parts)).await.complete(json!({})).await.unwrap();
+        assert_eq!((times.tokens, times.first_token_ms), (3, times.total_ms));
+    }
+
+    #[tokio::test]
     async fn streams_that_fail_are_no_measurement() {
         let cases = [
             (stream(&[r#"{"choices":[{"text":"x"}]}"#]), "without [DONE]"),
             (stream(&[r#"{"choices":[{"text":"x"}]}"#, "[DONE]"]), "without usage"),
-            (stream(&[r#"{"choices":[],"usage":{"completion_tokens":0}}"#, "[DONE]"]), "held no text"),
             (stream(&[r#"{"error":{"message":"out of memory"}}"#]), "out of memory"),
             (stream(&["{"]), "in the stream"),
             ("HTTP/1.1 429 Too Many Requests\r\ncontent-length: 4\r\n\r\nfull".into(), "429"),
