@@ -12,7 +12,7 @@
 
 mod config;
 mod files;
-pub mod peft;
+mod peft;
 mod registry;
 
 use std::io;

@@ -13,7 +13,7 @@ use crate::nn::lora::{LoraWeights, Site, SiteWeights};
 
 /// Why the files of an adapter cannot be used. Every message names the file's own tensor or field.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum PeftError {
+pub(super) enum PeftError {
     /// The configuration is no JSON object.
     #[error("adapter_config.json is not a JSON object: {0}")]
     ConfigSyntax(String),
@@ -134,7 +134,7 @@ pub enum PeftError {
 
 /// `base_model_name_or_path`, told where a misfit makes another base likely.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BaseHint(Option<String>);
+pub(super) struct BaseHint(Option<String>);
 
 impl std::fmt::Display for BaseHint {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -103,14 +103,16 @@ impl Registry {
     }
 
     async fn acquire_now(&self, name: &str) -> Result<AdapterHandle, AdapterError> {
-        let dir = self.shared.dir.clone();
-        let owned = name.to_owned();
-        let there = blocking(move || files::exists(&dir, &owned)).await?;
         let slot = match self.slot(name) {
             Some(slot) => slot,
             // Only what exists gets a slot, so that names out of the air do not fill the memory.
-            None if there => self.new_slot(name),
-            None => return Err(AdapterError::NotFound { name: name.to_owned() }),
+            None => {
+                let (dir, owned) = (self.shared.dir.clone(), name.to_owned());
+                if !blocking(move || files::exists(&dir, &owned)).await? {
+                    return Err(AdapterError::NotFound { name: name.to_owned() });
+                }
+                self.new_slot(name)
+            }
         };
         let _turn = slot.turn.lock().await;
         let outcome = self.refresh(name, &slot).await;
