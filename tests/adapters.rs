@@ -3,7 +3,7 @@
 //! (those are the parity tests').
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use gurukul::adapters::{AdapterError, Registry};
@@ -37,12 +37,6 @@ fn engine_with(adapter_cache_bytes: u64) -> EngineHandle {
     EngineHandle::start(config, tokenizer).unwrap()
 }
 
-/// One engine for all tests that do not need a small budget: each has a registry and a folder of its own.
-fn engine() -> EngineHandle {
-    static ENGINE: OnceLock<EngineHandle> = OnceLock::new();
-    ENGINE.get_or_init(|| engine_with(1 << 30)).clone()
-}
-
 /// A folder of adapters, and the registry over it.
 struct Fixture {
     root: tempfile::TempDir,
@@ -52,7 +46,7 @@ struct Fixture {
 
 impl Fixture {
     fn new() -> Self {
-        Self::over(engine())
+        Self::over(engine_with(1 << 30))
     }
 
     fn over(engine: EngineHandle) -> Self {
