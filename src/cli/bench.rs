@@ -52,7 +52,7 @@ struct ServeArgs {
 ///
 /// # Errors
 /// A workload that cannot be run, a model that does not load, a request that fails, a closed stdout.
-pub(super) fn run(args: Args, settings: Settings) -> anyhow::Result<()> {
+pub(super) fn run(args: Args, mut settings: Settings) -> anyhow::Result<()> {
     let runtime = super::runtime()?;
     let report = match args.subject {
         Subject::Generate(workload) => {
@@ -72,7 +72,9 @@ pub(super) fn run(args: Args, settings: Settings) -> anyhow::Result<()> {
         }
         Subject::Serve(ServeArgs { workload, url: None, .. }) => {
             workload.check().context(CannotStart)?;
-            let app = runtime.block_on(App::build(&Settings { port: 0, ..settings }))?;
+            // A free port: the benchmark must not meet a server that runs already.
+            settings.port = 0;
+            let app = runtime.block_on(App::build(&settings))?;
             let engine = app.engine();
             let report = runtime.block_on(serve_here(&workload, app));
             runtime.shutdown_timeout(std::time::Duration::from_secs(1));
