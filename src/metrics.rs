@@ -1,1 +1,210 @@
-//! To come.
+//! Every metric, named and described in one place. Imports nothing of ours: callers hand over plain numbers.
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+
+const HTTP_REQUESTS: &str = "gurukul_http_requests_total";
+const HTTP_IN_FLIGHT: &str = "gurukul_http_requests_in_flight";
+const HTTP_DURATION: &str = "gurukul_http_request_duration_seconds";
+const QUEUE_TIME: &str = "gurukul_generation_queue_seconds";
+const FIRST_TOKEN_TIME: &str = "gurukul_generation_time_to_first_token_seconds";
+const TOTAL_TIME: &str = "gurukul_generation_duration_seconds";
+const RUNNING: &str = "gurukul_engine_requests_running";
+const WAITING: &str = "gurukul_engine_requests_waiting";
+const QUEUE_LIMIT: &str = "gurukul_engine_queue_limit";
+const KV_RESERVED: &str = "gurukul_engine_kv_cache_reserved_tokens";
+const KV_CAPACITY: &str = "gurukul_engine_kv_cache_capacity_tokens";
+const STEPS: &str = "gurukul_engine_steps_total";
+const BUSY: &str = "gurukul_engine_busy_seconds";
+const PROMPT_TOKENS: &str = "gurukul_engine_prompt_tokens_total";
+const GENERATED_TOKENS: &str = "gurukul_engine_generated_tokens_total";
+const FINISHED: &str = "gurukul_engine_requests_finished_total";
+const CANCELLED: &str = "gurukul_engine_requests_cancelled_total";
+const ADAPTERS: &str = "gurukul_engine_adapters_resident";
+const ADAPTER_BYTES: &str = "gurukul_engine_adapter_bytes";
+const UPTIME: &str = "gurukul_uptime_seconds";
+const RESIDENT_SET: &str = "process_resident_memory_bytes";
+const BUILD: &str = "gurukul_build_info";
+
+/// Upper bounds of the latency histograms, in seconds: a token of a small model takes milliseconds, a long
+/// answer of a large one minutes.
+const LATENCY_BUCKETS_S: [f64; 16] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
+
+/// How often samples move from the recorder's buffers into the histograms when nobody reads them.
+const UPKEEP: Duration = Duration::from_secs(5);
+
+/// Makes the process's recorder and returns what renders it. Called again, it returns the same one: metrics are
+/// of the process.
+///
+/// # Errors
+/// Another recorder than ours was installed before.
+pub fn install() -> anyhow::Result<PrometheusHandle> {
+    static HANDLE: OnceLock<Result<PrometheusHandle, String>> = OnceLock::new();
+    let made = HANDLE.get_or_init(|| {
+        let builder = PrometheusBuilder::new()
+            .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &LATENCY_BUCKETS_S)
+            .map_err(|error| error.to_string())?;
+        let recorder = builder.build_recorder();
+        let handle = recorder.handle();
+        metrics::set_global_recorder(recorder).map_err(|error| error.to_string())?;
+        describe();
+        Ok(handle)
+    });
+    made.clone().map_err(|reason| anyhow::anyhow!("metrics cannot be recorded: {reason}"))
+}
+
+/// Keeps the recorder's buffers small for as long as it is polled. Never ends; spawn it once.
+pub async fn upkeep(handle: PrometheusHandle) {
+    let mut ticks = tokio::time::interval(UPKEEP);
+    loop {
+        ticks.tick().await;
+        handle.run_upkeep();
+    }
+}
+
+fn describe() {
+    describe_counter!(HTTP_REQUESTS, "Answers by route, method and status");
+    describe_gauge!(HTTP_IN_FLIGHT, "Requests whose answer is not sent completely");
+    describe_histogram!(HTTP_DURATION, Unit::Seconds, "From a request's arrival to the end of its answer");
+    describe_histogram!(QUEUE_TIME, Unit::Seconds, "From submission to the first step");
+    describe_histogram!(FIRST_TOKEN_TIME, Unit::Seconds, "From submission to the first token");
+    describe_histogram!(TOTAL_TIME, Unit::Seconds, "From submission to the end of the answer");
+    describe_gauge!(RUNNING, "Requests that have slots");
+    describe_gauge!(WAITING, "Requests that wait for a slot");
+    describe_gauge!(QUEUE_LIMIT, "Requests that may wait");
+    describe_gauge!(KV_RESERVED, "Tokens reserved in the KV cache");
+    describe_gauge!(KV_CAPACITY, "Tokens that fit the KV cache");
+    describe_counter!(STEPS, "Steps of the engine");
+    describe_gauge!(BUSY, Unit::Seconds, "Time inside steps since the start");
+    describe_counter!(PROMPT_TOKENS, "Prompt tokens worked through");
+    describe_counter!(GENERATED_TOKENS, "Tokens generated");
+    describe_counter!(FINISHED, "Requests ended by any reason but cancellation");
+    describe_counter!(CANCELLED, "Requests whose client left");
+    describe_gauge!(ADAPTERS, "Adapters on the device");
+    describe_gauge!(ADAPTER_BYTES, Unit::Bytes, "Bytes of the adapters on the device");
+    describe_gauge!(UPTIME, Unit::Seconds, "Time since the start");
+    describe_gauge!(RESIDENT_SET, Unit::Bytes, "Bytes of the process in main memory");
+    describe_gauge!(BUILD, "1, with the version as label");
+}
+
+/// A request that is being answered: counted as in flight until it is dropped.
+#[derive(Debug)]
+pub struct InFlight {
+    _private: (),
+}
+
+impl InFlight {
+    /// Counts a request in.
+    pub fn enter() -> Self {
+        gauge!(HTTP_IN_FLIGHT).increment(1.0);
+        Self { _private: () }
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        gauge!(HTTP_IN_FLIGHT).decrement(1.0);
+    }
+}
+
+/// An answer went out completely, or its client left, after `seconds`. `route` is the route's pattern, not the
+/// path that a client asked for: a label must not grow with what clients think up.
+pub fn http_answered(route: &str, method: &'static str, status: u16, seconds: f64) {
+    let route = route.to_owned();
+    let status = status.to_string();
+    counter!(HTTP_REQUESTS, "route" => route.clone(), "method" => method, "status" => status).increment(1);
+    histogram!(HTTP_DURATION, "route" => route).record(seconds);
+}
+
+/// A generation ended; times in seconds since its submission.
+pub fn answer_finished(queue_s: f64, first_token_s: f64, total_s: f64) {
+    histogram!(QUEUE_TIME).record(queue_s);
+    histogram!(FIRST_TOKEN_TIME).record(first_token_s);
+    histogram!(TOTAL_TIME).record(total_s);
+}
+
+/// What the engine knows of itself at one moment. Counts are since its start.
+#[derive(Debug, Clone)]
+pub struct EngineSnapshot {
+    /// Requests that have slots.
+    pub running: usize,
+    /// Requests that wait for a slot.
+    pub waiting: usize,
+    /// Requests that may wait.
+    pub queue_limit: usize,
+    /// Tokens reserved in the KV cache.
+    pub kv_tokens_reserved: usize,
+    /// Tokens that fit the KV cache.
+    pub kv_tokens_capacity: usize,
+    /// Steps.
+    pub steps: u64,
+    /// Seconds inside steps.
+    pub busy_s: f64,
+    /// Prompt tokens worked through.
+    pub prompt_tokens: u64,
+    /// Tokens generated.
+    pub generated_tokens: u64,
+    /// Requests ended by any reason but cancellation.
+    pub finished: u64,
+    /// Requests whose client left.
+    pub cancelled: u64,
+    /// Adapters on the device.
+    pub adapters: usize,
+    /// Their bytes.
+    pub adapter_bytes: u64,
+}
+
+/// Shows a snapshot of the engine.
+pub fn engine(snapshot: &EngineSnapshot) {
+    gauge!(RUNNING).set(snapshot.running as f64);
+    gauge!(WAITING).set(snapshot.waiting as f64);
+    gauge!(QUEUE_LIMIT).set(snapshot.queue_limit as f64);
+    gauge!(KV_RESERVED).set(snapshot.kv_tokens_reserved as f64);
+    gauge!(KV_CAPACITY).set(snapshot.kv_tokens_capacity as f64);
+    counter!(STEPS).absolute(snapshot.steps);
+    gauge!(BUSY).set(snapshot.busy_s);
+    counter!(PROMPT_TOKENS).absolute(snapshot.prompt_tokens);
+    counter!(GENERATED_TOKENS).absolute(snapshot.generated_tokens);
+    counter!(FINISHED).absolute(snapshot.finished);
+    counter!(CANCELLED).absolute(snapshot.cancelled);
+    gauge!(ADAPTERS).set(snapshot.adapters as f64);
+    gauge!(ADAPTER_BYTES).set(snapshot.adapter_bytes as f64);
+}
+
+/// Shows the process.
+pub fn process(uptime_s: f64, resident_set_bytes: Option<u64>) {
+    gauge!(BUILD, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    gauge!(UPTIME).set(uptime_s);
+    if let Some(bytes) = resident_set_bytes {
+        gauge!(RESIDENT_SET).set(bytes as f64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_recorded_is_rendered() {
+        let handle = install().expect("no other recorder is installed");
+        http_answered("/metrics-test", "GET", 200, 0.003);
+        answer_finished(0.001, 0.02, 0.4);
+        process(1.5, Some(4096));
+        let text = handle.render();
+        let line = "gurukul_http_requests_total{route=\"/metrics-test\",method=\"GET\",status=\"200\"} 1";
+        assert!(text.contains(line), "{text}");
+        let bucket = "gurukul_http_request_duration_seconds_bucket{route=\"/metrics-test\",le=\"0.005\"} 1";
+        assert!(text.contains(bucket), "{text}");
+        assert!(
+            text.contains("gurukul_generation_time_to_first_token_seconds_bucket{le=\"0.025\"}"),
+            "{text}"
+        );
+        assert!(text.contains("# TYPE gurukul_http_request_duration_seconds histogram"), "{text}");
+        assert!(text.contains("gurukul_uptime_seconds 1.5"), "{text}");
+        assert!(install().expect("is the same").render().contains(line));
+    }
+}

@@ -222,6 +222,13 @@ impl EngineHandle {
         stats
     }
 
+    /// Whether requests are still taken: false once shutdown has begun or the thread has ended. Never waits.
+    pub fn is_accepting(&self) -> bool {
+        let open = self.shared.commands.lock().expect("no holder of the sender lock panics").is_some();
+        let thread = self.shared.thread.lock().expect("no holder of the thread lock panics");
+        open && thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+
     /// Submits a request. Returns at once; what happens comes as events.
     ///
     /// # Errors

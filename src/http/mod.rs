@@ -1,1 +1,138 @@
-//! To come.
+//! The HTTP surface: this file is the one route table. Each route is a handler file with the handler, its
+//! request and response types and its OpenAPI block together; what all share is in `error` (the envelope),
+//! `extract` (JSON bodies), `sse` (streams), `generation` (requests to the engine) and `middleware`.
+//!
+//! A new endpoint is a handler file and one line in [`router`].
+
+mod adapters;
+mod error;
+mod extract;
+mod fields;
+mod generate_lite;
+mod generation;
+mod health;
+mod index;
+mod metrics;
+mod middleware;
+mod openai;
+mod openapi;
+mod sse;
+mod state;
+
+use axum::Router;
+use axum::http::{StatusCode, Uri};
+use axum::routing::get;
+use utoipa::OpenApi as _;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+pub use error::{ApiError, ErrorBody, ErrorDetail, ErrorType};
+pub use state::{AppState, GenerationDefaults, HttpSettings};
+
+/// Every route, and with it the OpenAPI document.
+fn table() -> OpenApiRouter<AppState> {
+    OpenApiRouter::with_openapi(openapi::Base::openapi())
+        .routes(routes!(generate_lite::generate_lite))
+        .routes(routes!(openai::completions::create))
+        .routes(routes!(openai::chat::create))
+        .routes(routes!(openai::models::list))
+        .routes(routes!(openai::models::retrieve))
+        .routes(routes!(adapters::list))
+        .routes(routes!(adapters::get, adapters::delete))
+        .routes(routes!(health::health))
+        .routes(routes!(metrics::render))
+        .routes(routes!(index::index))
+        // Not in the document: another spelling of a route above, and the document's own page.
+        .route("/v1/models/{owner}/{name}", get(openai::models::retrieve_of_owner))
+        .route("/docs", get(openapi::docs_folder))
+        .route("/docs/", get(openapi::docs))
+        .route("/docs/{*file}", get(openapi::docs_file))
+}
+
+/// The service, ready to be served.
+pub fn router(state: AppState) -> Router {
+    let (router, document) = table().split_for_parts();
+    router
+        .route("/openapi.json", get(openapi::json(&document)))
+        .fallback(no_route)
+        .method_not_allowed_fallback(no_method)
+        .layer(axum::middleware::from_fn(middleware::around))
+        .with_state(state)
+}
+
+async fn no_route(uri: Uri) -> ApiError {
+    let path: String = uri.path().chars().take(200).collect();
+    ApiError::not_found("not_found", format!("there is no {path} here; / and /docs/ tell what there is"))
+}
+
+async fn no_method(uri: Uri) -> ApiError {
+    let path: String = uri.path().chars().take(200).collect();
+    let message = format!("{path} does not take this method; the header Allow names those it does");
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_document_has_every_endpoint_of_the_contract() {
+        let document = serde_json::to_value(table().into_openapi()).expect("is JSON");
+        assert!(
+            document["openapi"].as_str().is_some_and(|v| v.starts_with("3.1")),
+            "{}",
+            document["openapi"]
+        );
+        for (path, method) in [
+            ("/generate-lite", "post"),
+            ("/adapter/list", "get"),
+            ("/adapter/{name}", "get"),
+            ("/adapter/{name}", "delete"),
+            ("/health", "get"),
+            ("/metrics", "get"),
+            ("/", "get"),
+            ("/v1/models", "get"),
+            ("/v1/models/{id}", "get"),
+            ("/v1/completions", "post"),
+            ("/v1/chat/completions", "post"),
+        ] {
+            let operation = &document["paths"][path][method];
+            assert!(operation["responses"]["200"].is_object(), "{method} {path}");
+            if method == "post" {
+                for status in ["400", "404", "413", "415", "422", "429", "500", "503"] {
+                    let schema = &operation["responses"][status]["content"]["application/json"]["schema"];
+                    assert_eq!(schema["$ref"], "#/components/schemas/ErrorBody", "{method} {path} {status}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_document_is_as_it_was() {
+        let mut document = serde_json::to_value(table().into_openapi()).expect("is JSON");
+        // A release is no change of the interface.
+        document["info"]["version"] = "[version]".into();
+        insta::with_settings!({snapshot_path => "../../tests/snapshots", prepend_module_to_snapshot => false}, {
+            insta::assert_json_snapshot!("openapi", document);
+        });
+    }
+
+    #[test]
+    fn every_reference_of_the_document_has_its_schema() {
+        let document = serde_json::to_value(table().into_openapi()).expect("is JSON");
+        let mut stack = vec![&document];
+        while let Some(value) = stack.pop() {
+            match value {
+                serde_json::Value::Object(map) => {
+                    if let Some(reference) = map.get("$ref").and_then(|r| r.as_str()) {
+                        let pointer = reference.trim_start_matches('#');
+                        assert!(document.pointer(pointer).is_some(), "{reference} points nowhere");
+                    }
+                    stack.extend(map.values());
+                }
+                serde_json::Value::Array(list) => stack.extend(list),
+                _ => {}
+            }
+        }
+    }
+}

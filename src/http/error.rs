@@ -1,0 +1,266 @@
+//! The one error of the HTTP surface: a status, and the envelope
+//! `{"error":{"message","type","param","code"}}`. Everything that can go wrong below is turned into it here,
+//! so no handler chooses a status for another module's error. It must not know any single endpoint.
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::adapters::AdapterError;
+use crate::engine::EngineError;
+use crate::model::chat_template::ChatTemplateError;
+use crate::model::tokenizer::TokenizerError;
+
+/// Seconds after which a client may come back where nothing better is known.
+const DEFAULT_RETRY_AFTER_S: u64 = 5;
+
+/// Whose fault it is, in the words of OpenAI's API.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorType {
+    /// The request has to change before it can succeed.
+    InvalidRequestError,
+    /// The same request can succeed later: the queue is full.
+    RateLimitError,
+    /// The same request can succeed later, or on another server.
+    ServiceUnavailableError,
+    /// The server failed.
+    ServerError,
+}
+
+/// The body of every answer that is not a success.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+pub struct ErrorBody {
+    /// What went wrong.
+    pub error: ErrorDetail,
+}
+
+/// What went wrong.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+pub struct ErrorDetail {
+    /// For a person: what is wrong, and what to do about it.
+    #[schema(example = "temperature must be between 0 (greedy) and 100")]
+    pub message: String,
+    /// Whose fault it is.
+    pub r#type: ErrorType,
+    /// The field of the request that is to blame, where there is one.
+    #[schema(example = "temperature")]
+    pub param: Option<String>,
+    /// For a program: stable from version to version.
+    #[schema(example = "invalid_value")]
+    pub code: &'static str,
+}
+
+/// An error on its way to the client.
+#[derive(Debug, Clone)]
+pub struct ApiError {
+    status: StatusCode,
+    kind: ErrorType,
+    message: String,
+    param: Option<String>,
+    code: &'static str,
+    retry_after_s: Option<u64>,
+}
+
+impl ApiError {
+    /// An error that the request is to blame for.
+    pub(super) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        let kind = ErrorType::InvalidRequestError;
+        Self { status, kind, message: message.into(), param: None, code, retry_after_s: None }
+    }
+
+    /// 400: `param` has a value out of its range. The message starts with the name of the field.
+    pub(super) fn invalid(param: &str, message: impl std::fmt::Display) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_value", format!("{param} {message}")).param(param)
+    }
+
+    /// 400: `param` asks for something that this server does not do.
+    pub(super) fn unsupported(param: &str, message: impl std::fmt::Display) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "unsupported_parameter", format!("{param} {message}")).param(param)
+    }
+
+    /// 413: `param` is longer than the server takes.
+    pub(super) fn too_large(param: &str, bytes: usize, limit: usize) -> Self {
+        let message = format!("{param} has {bytes} bytes, more than the {limit} that this server takes");
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "prompt_too_large", message).param(param)
+    }
+
+    /// 404: a route, an adapter or a model that is not there.
+    pub(super) fn not_found(code: &'static str, message: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, code, message)
+    }
+
+    /// 500. The reason is logged here and nowhere else, and does not reach the client.
+    pub(super) fn internal(reason: impl std::fmt::Display) -> Self {
+        tracing::error!(%reason, "request failed");
+        Self {
+            status: StatusCode::INTERNAL_SERVER_ERROR,
+            kind: ErrorType::ServerError,
+            message: "the server failed; its log has the reason beside this answer's x-request-id".into(),
+            param: None,
+            code: "internal_error",
+            retry_after_s: None,
+        }
+    }
+
+    /// 503 with a hint when to come back.
+    fn unavailable(code: &'static str, message: String) -> Self {
+        Self {
+            status: StatusCode::SERVICE_UNAVAILABLE,
+            kind: ErrorType::ServiceUnavailableError,
+            message,
+            param: None,
+            code,
+            retry_after_s: Some(DEFAULT_RETRY_AFTER_S),
+        }
+    }
+
+    /// Names the field that is to blame.
+    pub(super) fn param(mut self, param: impl Into<String>) -> Self {
+        self.param = Some(param.into());
+        self
+    }
+
+    /// The HTTP status.
+    pub fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    /// The stable code.
+    pub fn code(&self) -> &'static str {
+        self.code
+    }
+
+    /// The body, as it also goes into an event stream that has begun already.
+    pub fn body(&self) -> ErrorBody {
+        ErrorBody {
+            error: ErrorDetail {
+                message: self.message.clone(),
+                r#type: self.kind,
+                param: self.param.clone(),
+                code: self.code,
+            },
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, Json(self.body())).into_response();
+        if let Some(seconds) = self.retry_after_s {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        response
+    }
+}
+
+impl From<EngineError> for ApiError {
+    fn from(error: EngineError) -> Self {
+        let message = error.to_string();
+        match error {
+            EngineError::InvalidParameter { field, message } => Self::invalid(field, message),
+            EngineError::ContextLength { .. } => {
+                Self::new(StatusCode::BAD_REQUEST, "context_length_exceeded", message).param("prompt")
+            }
+            EngineError::QueueFull { retry_after_s, .. } => Self {
+                status: StatusCode::TOO_MANY_REQUESTS,
+                kind: ErrorType::RateLimitError,
+                message,
+                param: None,
+                code: "queue_full",
+                retry_after_s: Some(retry_after_s),
+            },
+            EngineError::AdapterMemory { .. } => Self::unavailable("adapter_memory", message),
+            EngineError::AdapterInvalid(_) => {
+                Self::new(StatusCode::UNPROCESSABLE_ENTITY, "adapter_invalid", message).param("adapter")
+            }
+            EngineError::Stopped => Self::unavailable("shutting_down", message),
+            EngineError::Device(_) => Self::internal(message),
+        }
+    }
+}
+
+impl From<AdapterError> for ApiError {
+    fn from(error: AdapterError) -> Self {
+        let message = error.to_string();
+        match error {
+            AdapterError::InvalidName { .. } => {
+                Self::new(StatusCode::BAD_REQUEST, "invalid_adapter_name", message).param("adapter")
+            }
+            AdapterError::NotFound { .. } => Self::not_found("adapter_not_found", message).param("adapter"),
+            AdapterError::Invalid { .. } => {
+                Self::new(StatusCode::UNPROCESSABLE_ENTITY, "adapter_invalid", message).param("adapter")
+            }
+            AdapterError::Engine(error) => error.into(),
+            AdapterError::Io { .. } => Self::internal(message),
+        }
+    }
+}
+
+impl From<TokenizerError> for ApiError {
+    fn from(error: TokenizerError) -> Self {
+        // Any text can be tokenized: a failure is the tokenizer's, not the client's.
+        Self::internal(error)
+    }
+}
+
+impl From<ChatTemplateError> for ApiError {
+    fn from(error: ChatTemplateError) -> Self {
+        let message = format!("messages do not suit the model's chat template: {error}");
+        Self::new(StatusCode::BAD_REQUEST, "chat_template_refused", message).param("messages")
+    }
+}
+
+impl From<tokio::task::JoinError> for ApiError {
+    fn from(error: tokio::task::JoinError) -> Self {
+        Self::internal(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn retry_after(error: EngineError) -> (u16, Option<String>) {
+        let response = ApiError::from(error).into_response();
+        let header = response.headers().get(header::RETRY_AFTER);
+        (response.status().as_u16(), header.map(|v| v.to_str().expect("is ASCII").to_owned()))
+    }
+
+    #[test]
+    fn statuses_follow_the_contract() {
+        let full = EngineError::QueueFull { waiting: 3, retry_after_s: 7 };
+        assert_eq!(retry_after(full), (429, Some("7".into())));
+        assert_eq!(retry_after(EngineError::Stopped), (503, Some("5".into())));
+        let memory = EngineError::AdapterMemory { needed_bytes: 2, budget_bytes: 1, pinned_bytes: 1 };
+        assert_eq!(retry_after(memory), (503, Some("5".into())));
+        let long = EngineError::ContextLength { prompt_tokens: 600, max_new_tokens: 1, limit: 512 };
+        assert_eq!(retry_after(long), (400, None));
+        assert_eq!(retry_after(EngineError::AdapterInvalid("shape".into())), (422, None));
+        let range = EngineError::InvalidParameter { field: "top_p", message: "must be above 0".into() };
+        assert_eq!(retry_after(range), (400, None));
+    }
+
+    #[test]
+    fn an_internal_reason_stays_inside() {
+        let error = ApiError::from(EngineError::Device("CUDA_ERROR_SECRET at /root/x".into()));
+        assert_eq!(error.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        let body = serde_json::to_string(&error.body()).expect("the envelope is JSON");
+        assert!(!body.contains("SECRET"), "{body}");
+    }
+
+    #[test]
+    fn the_envelope_has_its_four_fields() {
+        let body =
+            serde_json::to_value(ApiError::invalid("top_p", "must be above 0").body()).expect("is JSON");
+        let expected = serde_json::json!({"error": {
+            "message": "top_p must be above 0",
+            "type": "invalid_request_error",
+            "param": "top_p",
+            "code": "invalid_value",
+        }});
+        assert_eq!(body, expected);
+    }
+}

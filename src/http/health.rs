@@ -1,0 +1,194 @@
+//! `GET /health`: what the server is and how it does. Reads the engine's last snapshot, so it answers at once
+//! also while the engine is in the middle of a step.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::state::AppState;
+
+/// State of the server.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Health {
+    /// `ok`; `stopping` once no request is taken any more.
+    status: &'static str,
+    /// Of the server.
+    version: &'static str,
+    /// Seconds since the start.
+    uptime_s: f64,
+    /// `cpu` or `cuda:N`.
+    device: String,
+    /// What is served.
+    model: ModelHealth,
+    /// Bytes.
+    memory: MemoryHealth,
+    /// Requests that wait.
+    queue: QueueHealth,
+    /// Requests that are worked on.
+    running: RunningHealth,
+    /// The cache of keys and values.
+    kv_cache: KvCacheHealth,
+    /// Adapters on the device.
+    adapters: Vec<ResidentAdapter>,
+}
+
+/// What is served.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct ModelHealth {
+    /// The name it is served under.
+    id: String,
+    /// Family, as in its `config.json`.
+    family: String,
+    /// Parameters of the checkpoint.
+    parameters: u64,
+    /// Layers.
+    layers: usize,
+    /// Width.
+    hidden_size: usize,
+    /// Rows of the embedding.
+    vocab_size: usize,
+    /// Longest prompt and answer together, in tokens.
+    context_length: usize,
+    /// How dense weights are held.
+    dtype: &'static str,
+    /// `none`, or the format of the linear weights.
+    quantization: &'static str,
+}
+
+/// Bytes.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct MemoryHealth {
+    /// Of the weights as they are held.
+    weight_bytes: u64,
+    /// Taken for the KV cache.
+    kv_cache_bytes: u64,
+    /// Of the adapters on the device.
+    adapter_bytes: u64,
+    /// Of the whole process in main memory; null where the system does not tell.
+    resident_set_bytes: Option<u64>,
+}
+
+/// Requests that wait.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct QueueHealth {
+    /// Now.
+    waiting: usize,
+    /// At most; a request beyond gets 429.
+    limit: usize,
+}
+
+/// Requests that are worked on.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct RunningHealth {
+    /// Now.
+    requests: usize,
+    /// At most.
+    limit: usize,
+    /// Ended since the start.
+    finished: u64,
+    /// Given up since the start, as their client left.
+    cancelled: u64,
+}
+
+/// The cache of keys and values.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct KvCacheHealth {
+    /// Tokens that running requests have reserved.
+    reserved_tokens: usize,
+    /// Tokens that fit.
+    capacity_tokens: usize,
+}
+
+/// An adapter on the device.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct ResidentAdapter {
+    /// Name.
+    name: String,
+    /// Which weights of that name.
+    generation: u64,
+    /// On the device.
+    bytes: u64,
+}
+
+/// State of the server
+#[utoipa::path(
+    get,
+    path = "/health",
+    tag = "server",
+    responses(
+        (status = 200, description = "The server takes requests", body = Health),
+        (status = 503, description = "The server is stopping", body = Health),
+    )
+)]
+pub(super) async fn health(State(state): State<AppState>) -> (StatusCode, Json<Health>) {
+    let (info, stats) = (state.engine.info(), state.engine.stats());
+    let (code, status) = match state.engine.is_accepting() {
+        true => (StatusCode::OK, "ok"),
+        false => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
+    };
+    let resident = |(name, generation, bytes)| ResidentAdapter { name, generation, bytes };
+    let health = Health {
+        status,
+        version: env!("CARGO_PKG_VERSION"),
+        uptime_s: state.started.elapsed().as_secs_f64(),
+        device: info.device.clone(),
+        model: ModelHealth {
+            id: state.settings.model_id.clone(),
+            family: info.family.clone(),
+            parameters: info.parameters,
+            layers: info.layers,
+            hidden_size: info.hidden_size,
+            vocab_size: info.vocab_size,
+            context_length: info.context_length,
+            dtype: info.dtype,
+            quantization: info.quantization,
+        },
+        memory: MemoryHealth {
+            weight_bytes: info.weight_bytes,
+            kv_cache_bytes: info.kv_cache_bytes,
+            adapter_bytes: stats.adapters.iter().map(|(_, _, bytes)| bytes).sum(),
+            resident_set_bytes: resident_set_bytes(),
+        },
+        queue: QueueHealth { waiting: stats.waiting, limit: info.max_queue },
+        running: RunningHealth {
+            requests: stats.running,
+            limit: info.max_batch,
+            finished: stats.finished,
+            cancelled: stats.cancelled,
+        },
+        kv_cache: KvCacheHealth {
+            reserved_tokens: stats.kv_tokens_reserved,
+            capacity_tokens: info.kv_cache_tokens,
+        },
+        adapters: stats.adapters.into_iter().map(resident).collect(),
+    };
+    (code, Json(health))
+}
+
+/// Bytes of this process in main memory, as Linux tells it.
+pub(super) fn resident_set_bytes() -> Option<u64> {
+    resident_set_of(&std::fs::read_to_string("/proc/self/status").ok()?)
+}
+
+fn resident_set_of(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_resident_set_is_read_from_the_status() {
+        assert_eq!(resident_set_of("VmPeak:\t  10 kB\nVmRSS:\t    1234 kB\n"), Some(1234 * 1024));
+        assert_eq!(resident_set_of("Name:\tgurukul\n"), None);
+        assert_eq!(resident_set_of("VmRSS:\t lots\n"), None);
+        if cfg!(target_os = "linux") {
+            assert!(resident_set_bytes().is_some_and(|bytes| bytes > 1 << 20));
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! What every handler can reach: handles and settings, cheap to clone. Nothing here does any work.
+
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use metrics_exporter_prometheus::PrometheusHandle;
+
+use crate::adapters;
+use crate::engine::EngineHandle;
+use crate::model::tokenizer::Tokenizer;
+
+/// State of the routes.
+#[derive(Clone)]
+pub struct AppState {
+    /// The engine.
+    pub engine: EngineHandle,
+    /// The served model's tokenizer.
+    pub tokenizer: Arc<Tokenizer>,
+    /// Adapters on disk.
+    pub adapters: Arc<adapters::Registry>,
+    /// Resolved settings of this surface.
+    pub settings: Arc<HttpSettings>,
+    /// Renders what `/metrics` answers.
+    pub prometheus: PrometheusHandle,
+    /// When the server started.
+    pub started: Instant,
+}
+
+impl AppState {
+    /// Seconds since 1970 at the start of the server.
+    pub(super) fn started_unix_s(&self) -> u64 {
+        unix_now_s().saturating_sub(self.started.elapsed().as_secs())
+    }
+}
+
+/// Seconds since 1970.
+pub(super) fn unix_now_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+/// Resolved settings of the HTTP surface.
+#[derive(Debug, Clone)]
+pub struct HttpSettings {
+    /// The name that the base model is served under: its hub id, or its folder's name.
+    pub model_id: String,
+    /// Longest request body, in bytes.
+    pub max_body_bytes: usize,
+    /// Longest prompt, in bytes of UTF-8; all messages together for a chat.
+    pub max_prompt_bytes: usize,
+    /// What `/generate-lite` uses where a request says nothing.
+    pub generation: GenerationDefaults,
+}
+
+impl HttpSettings {
+    /// The defaults, for a model of this name.
+    pub fn new(model_id: impl Into<String>) -> Self {
+        Self {
+            model_id: model_id.into(),
+            max_body_bytes: 1 << 20,
+            max_prompt_bytes: 256 << 10,
+            generation: GenerationDefaults::default(),
+        }
+    }
+}
+
+/// Defaults of `/generate-lite`; the OpenAI endpoints have those of OpenAI's API.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GenerationDefaults {
+    /// Upper bound on new tokens; less where the context is shorter.
+    pub max_new_tokens: usize,
+    /// 0 is greedy.
+    pub temperature: f64,
+    /// Nucleus; 1 keeps all tokens.
+    pub top_p: f64,
+    /// 0 keeps all tokens.
+    pub top_k: usize,
+    /// 1 changes nothing.
+    pub repetition_penalty: f64,
+    /// Sample, or always take the most likely token.
+    pub do_sample: bool,
+    /// Clean the text.
+    pub clean: bool,
+}
+
+impl Default for GenerationDefaults {
+    fn default() -> Self {
+        Self {
+            max_new_tokens: 100,
+            temperature: 0.7,
+            top_p: 0.9,
+            top_k: 50,
+            repetition_penalty: 1.1,
+            do_sample: true,
+            clean: true,
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! The HTTP surface over a real engine and a fixture model: each endpoint, what it gives, and what it refuses.
+
+mod support;
+
+#[path = "http/bad_input.rs"]
+mod bad_input;
+#[path = "http/generate_lite.rs"]
+mod generate_lite;
+#[path = "http/openai.rs"]
+mod openai;
+#[path = "http/server.rs"]
+mod server;

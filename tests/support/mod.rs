@@ -1,0 +1,148 @@
+//! A whole server in this process for the HTTP tests: engine, registry and routes over a fixture model, on a
+//! port of its own. It must not know what any test checks.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use gurukul::adapters::Registry;
+use gurukul::engine::{EngineConfig, EngineHandle};
+use gurukul::http::{AppState, HttpSettings, router};
+use gurukul::model::load::{DeviceChoice, DtypeChoice};
+use gurukul::model::tokenizer::Tokenizer;
+use gurukul::nn::quant::Quantization;
+use serde_json::Value;
+
+/// Name of the base model.
+pub(crate) const MODEL: &str = "fixtures/llama";
+/// Name of the one adapter.
+pub(crate) const ADAPTER: &str = "hindi-v1";
+/// Context of the fixture model, in tokens.
+pub(crate) const CONTEXT: usize = 512;
+
+/// A running server; stops when dropped.
+pub(crate) struct Server {
+    /// `http://127.0.0.1:PORT`
+    pub(crate) base: String,
+    pub(crate) state: AppState,
+    pub(crate) client: reqwest::Client,
+    pub(crate) data: tempfile::TempDir,
+    task: tokio::task::JoinHandle<()>,
+}
+
+/// What a test may want otherwise.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    pub(crate) max_batch: usize,
+    pub(crate) max_queue: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { max_batch: 4, max_queue: 32 }
+    }
+}
+
+/// A folder of the parity fixtures.
+pub(crate) fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/parity").join(name)
+}
+
+impl Server {
+    /// Starts over the llama fixture with its adapter.
+    pub(crate) async fn start(limits: Limits) -> Self {
+        let data = tempfile::tempdir().expect("a temporary folder can be made");
+        let adapters = data.path().join("adapters");
+        copy_adapter(&adapters.join(ADAPTER));
+        let tokenizer =
+            Arc::new(Tokenizer::from_dir(&fixture("llama")).expect("the fixture has a tokenizer"));
+        let config = EngineConfig {
+            model_dir: fixture("llama"),
+            device: DeviceChoice::Cpu,
+            dtype: DtypeChoice::F32,
+            quantize: Quantization::None,
+            kv_cache_bytes: Some(64 << 20),
+            max_batch: limits.max_batch,
+            max_queue: limits.max_queue,
+            prefill_chunk: 64,
+            adapter_cache_bytes: 64 << 20,
+        };
+        let engine = EngineHandle::start(config, tokenizer.clone()).expect("the engine starts");
+        let state = AppState {
+            adapters: Arc::new(Registry::new(adapters, engine.clone())),
+            engine,
+            tokenizer,
+            settings: Arc::new(HttpSettings::new(MODEL)),
+            prometheus: gurukul::metrics::install().expect("metrics can be recorded"),
+            started: Instant::now(),
+        };
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
+        let base = format!("http://{}", listener.local_addr().expect("is bound"));
+        let service = router(state.clone());
+        let task = tokio::spawn(async move {
+            axum::serve(listener, service).await.expect("the server runs until it is aborted");
+        });
+        // The test may be the second in its process.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        Self { base, state, client: reqwest::Client::new(), data, task }
+    }
+
+    /// Status and JSON of a GET.
+    pub(crate) async fn get(&self, path: &str) -> (u16, Value) {
+        read(self.client.get(format!("{}{path}", self.base)).send().await.expect("the server answers")).await
+    }
+
+    /// Status and JSON of a POST.
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> (u16, Value) {
+        read(self.send(path, body).await).await
+    }
+
+    /// The whole response of a POST.
+    pub(crate) async fn send(&self, path: &str, body: &Value) -> reqwest::Response {
+        let request = self.client.post(format!("{}{path}", self.base)).json(body);
+        request.send().await.expect("the server answers")
+    }
+
+    /// The `data:` lines of a stream, in order.
+    pub(crate) async fn stream(&self, path: &str, body: &Value) -> Vec<String> {
+        let response = self.send(path, body).await;
+        assert_eq!(response.status().as_u16(), 200, "{path}");
+        assert_eq!(response.headers()["content-type"], "text/event-stream");
+        let text = response.text().await.expect("the stream ends");
+        text.lines().filter_map(|line| line.strip_prefix("data: ")).map(str::to_owned).collect()
+    }
+
+    /// Waits until the engine has nothing to do.
+    pub(crate) async fn idle(&self) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while Instant::now() < deadline {
+            let stats = self.state.engine.stats();
+            if stats.running + stats.waiting == 0 {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("requests are left over: {:?}", self.state.engine.stats());
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Puts the fixture's adapter into `folder`.
+pub(crate) fn copy_adapter(folder: &Path) {
+    std::fs::create_dir_all(folder).expect("a folder can be made");
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        std::fs::copy(fixture("llama/adapter").join(file), folder.join(file)).expect("the fixture is there");
+    }
+}
+
+async fn read(response: reqwest::Response) -> (u16, Value) {
+    let status = response.status().as_u16();
+    let text = response.text().await.expect("the body is complete");
+    let body = serde_json::from_str(&text).unwrap_or_else(|_| panic!("{status} without JSON: {text}"));
+    (status, body)
+}
