@@ -176,7 +176,7 @@ impl Client {
         let answer = self
             .retry(&url, patience, async || {
                 let response = self.send(Method::GET, &url, None, &what).await?;
-                response.bytes().await.map_err(|e| Failure::transient(chain(&e)))
+                response.bytes().await.map_err(|e| Failure::transient(chain(e)))
             })
             .await?;
         let Answer { sha, siblings } = serde_json::from_slice(&answer).map_err(|e| {
@@ -343,7 +343,7 @@ impl Client {
                     bar.set_position(position);
                 }
                 Ok(None) => break None,
-                Err(error) => break Some(chain(&error)),
+                Err(error) => break Some(chain(error)),
             }
         };
         // tokio's file writes in the background: what failed there is reported here.
@@ -374,7 +374,7 @@ impl Client {
             if let Some(start) = range_start {
                 request = request.header(RANGE, format!("bytes={start}-"));
             }
-            let response = request.send().await.map_err(|e| Failure::transient(chain(&e)))?;
+            let response = request.send().await.map_err(|e| Failure::transient(chain(e)))?;
             let status = response.status();
             if !status.is_redirection() {
                 return self.judge(response, what);
@@ -508,10 +508,11 @@ fn wrong_size(url: &Url, promised: u64, sent: u64) -> FetchError {
     FetchError::Unusable(format!("{url}: the hub promised {promised} bytes and {sent} came; try again"))
 }
 
-/// reqwest's own text leaves the cause out.
-fn chain(error: &reqwest::Error) -> String {
+/// reqwest's own text leaves the cause out, and has the URL that [`FetchError`] has already.
+fn chain(error: reqwest::Error) -> String {
+    let error = error.without_url();
     let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
+    let mut source = std::error::Error::source(&error);
     while let Some(cause) = source {
         text = format!("{text}: {cause}");
         source = cause.source();

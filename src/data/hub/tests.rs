@@ -73,6 +73,7 @@ async fn the_token_goes_to_the_hub_alone() {
     let asked = fake.asked();
     assert!(asked.iter().any(|a| a.cdn), "the weights came from the other host");
     assert!(asked.iter().all(|a| a.token != a.cdn), "{asked:#?}");
+    assert!(asked.iter().all(|a| a.identity), "a compressed answer has another length");
 }
 
 #[tokio::test]

@@ -47,6 +47,8 @@ pub(super) struct Asked {
     pub(super) path: String,
     pub(super) token: bool,
     pub(super) range_start: Option<usize>,
+    /// Whether the answer must not be compressed.
+    pub(super) identity: bool,
 }
 
 #[derive(Default)]
@@ -190,11 +192,18 @@ async fn answer(State(server): State<Server>, request: Request) -> Response {
     let range_start = headers.get(header::RANGE).map(|value| {
         value.to_str().unwrap().strip_prefix("bytes=").unwrap().strip_suffix('-').unwrap().parse().unwrap()
     });
-    assert_eq!(headers[header::ACCEPT_ENCODING], "identity");
+    let identity = headers.get(header::ACCEPT_ENCODING).is_some_and(|v| v == "identity");
     let method = request.method().clone();
     let mut script = server.script.lock().unwrap();
     let cdn = server.cdn.is_none();
-    script.asked.push(Asked { cdn, method: method.clone(), path: path.clone(), token, range_start });
+    script.asked.push(Asked {
+        cdn,
+        method: method.clone(),
+        path: path.clone(),
+        token,
+        range_start,
+        identity,
+    });
     if let Some(file) = path.strip_prefix("/cdn/") {
         return content(&mut script, file, range_start, HeaderMap::new(), &method);
     }
