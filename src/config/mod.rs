@@ -1,1 +1,9 @@
-//! To come.
+//! Settings in two stages: as typed (flags, environment, `configs/server.yaml`), then resolved and checked once.
+//! Everything after start-up takes resolved settings. This module opens no model and no socket.
+
+pub mod origin;
+pub mod server;
+pub mod size;
+
+pub use server::{EngineSettings, LogFormat, ServerFlags, Settings};
+pub use size::ByteSize;

@@ -5,6 +5,7 @@
 pub mod command;
 pub mod detokenize;
 mod adapters;
+mod memory;
 mod run;
 pub mod sampler;
 pub mod scheduler;

@@ -1,4 +1,13 @@
 //! Tensors only: layers, kernels, adapters' low-rank products, the KV cache. Imports nothing of ours.
 
+pub mod attention;
+pub mod kv_cache;
+pub mod linear;
 pub mod lora;
+pub mod norm;
+pub(crate) mod ops;
 pub mod quant;
+pub mod rope;
+
+pub use ops::activation::Activation;
+pub(crate) use ops::activation::add_scaled;

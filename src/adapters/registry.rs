@@ -1,0 +1,265 @@
+//! The adapters that requests can name: read when first named, read again when their files change, forgotten
+//! when they are deleted. Which of them stay on the device is the engine's decision; this file remembers each
+//! by a weak handle, so that it never pins one.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+
+use super::files::{self, Stamp};
+use super::{AdapterError, AdapterInfo, check_name};
+use crate::engine::command::AdapterKey;
+use crate::engine::{AdapterHandle, EngineError, EngineHandle, LoadAdapter};
+
+/// The folder of adapters and what of it the engine was given. A cheap clone.
+#[derive(Clone)]
+pub struct Registry {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    dir: PathBuf,
+    engine: EngineHandle,
+    /// One entry for each name that was ever there, so that generations go on growing after a deletion.
+    slots: Mutex<HashMap<String, Arc<Slot>>>,
+}
+
+/// One name.
+#[derive(Default)]
+struct Slot {
+    /// Held while the adapter is read, loaded or deleted: of many requests that name it at once, one does the
+    /// work.
+    turn: tokio::sync::Mutex<()>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    generation: u64,
+    /// The state of the files that `generation` stands for.
+    stamp: Option<Stamp>,
+    /// Alive while the engine or a request holds the adapter.
+    resident: Weak<AdapterKey>,
+    /// What a full read found wrong with these files, where their names and shapes do not show it.
+    broken: Option<(Stamp, String)>,
+}
+
+impl Registry {
+    /// A registry over `dir`, which need not exist yet. Touches nothing but the remains of deletions that a
+    /// crash interrupted.
+    pub fn new(dir: PathBuf, engine: EngineHandle) -> Self {
+        files::clear_removed(&dir);
+        Self { shared: Arc::new(Shared { dir, engine, slots: Mutex::default() }) }
+    }
+
+    /// The adapter of this name, on the device. It stays there, as it is now, for as long as the handle lives.
+    ///
+    /// # Errors
+    /// A name against the rule, no such adapter, files that do not fit the model, no memory for it.
+    pub async fn acquire(&self, name: &str) -> Result<AdapterHandle, AdapterError> {
+        check_name(name)?;
+        let (registry, name) = (self.clone(), name.to_owned());
+        // A client that leaves must not cut the work in half: others wait for the same adapter.
+        unless_panicked(tokio::spawn(async move { registry.acquire_now(&name).await }).await)
+    }
+
+    /// Every adapter in the folder, by name, those that cannot be used with the reason.
+    ///
+    /// # Errors
+    /// [`AdapterError::Io`] when the folder cannot be listed.
+    pub async fn list(&self) -> Result<Vec<AdapterInfo>, AdapterError> {
+        let registry = self.clone();
+        blocking(move || {
+            let all = files::describe_all(&registry.shared.dir, &registry.shared.engine.info().sites);
+            let all = all.map_err(|e| AdapterError::io("the folder of adapters could not be listed", &e))?;
+            Ok(all.into_iter().map(|(info, stamp)| registry.with_state(info, stamp.as_ref())).collect())
+        })
+        .await
+    }
+
+    /// One adapter, with the reason where it cannot be used.
+    ///
+    /// # Errors
+    /// A name against the rule, no such adapter.
+    pub async fn get(&self, name: &str) -> Result<AdapterInfo, AdapterError> {
+        check_name(name)?;
+        let (registry, name) = (self.clone(), name.to_owned());
+        blocking(move || {
+            let sites = &registry.shared.engine.info().sites;
+            let (info, stamp) = files::describe(&registry.shared.dir, &name, sites)?;
+            Ok(registry.with_state(info, stamp.as_ref()))
+        })
+        .await
+    }
+
+    /// Removes an adapter from the disk and from the engine. Requests that run with it end as they began.
+    ///
+    /// # Errors
+    /// A name against the rule, no such adapter, a disk that refuses.
+    pub async fn delete(&self, name: &str) -> Result<(), AdapterError> {
+        check_name(name)?;
+        let (registry, name) = (self.clone(), name.to_owned());
+        unless_panicked(tokio::spawn(async move { registry.delete_now(name).await }).await)
+    }
+
+    async fn acquire_now(&self, name: &str) -> Result<AdapterHandle, AdapterError> {
+        let slot = match self.slot(name) {
+            Some(slot) => slot,
+            // Only what exists gets a slot, so that names out of the air do not fill the memory.
+            None => {
+                let (dir, owned) = (self.shared.dir.clone(), name.to_owned());
+                if !blocking(move || files::exists(&dir, &owned)).await? {
+                    return Err(AdapterError::NotFound { name: name.to_owned() });
+                }
+                self.new_slot(name)
+            }
+        };
+        let _turn = slot.turn.lock().await;
+        let outcome = self.refresh(name, &slot).await;
+        if let Err(AdapterError::NotFound { .. }) = outcome {
+            // Somebody removed the folder by hand; the memory should not stay taken for it.
+            self.forget(&slot).await?;
+        }
+        outcome
+    }
+
+    /// Hands out what is resident if the files are still the same, else loads them. The caller has the turn.
+    async fn refresh(&self, name: &str, slot: &Slot) -> Result<AdapterHandle, AdapterError> {
+        let (dir, owned) = (self.shared.dir.clone(), name.to_owned());
+        let (located, stamp) = blocking(move || {
+            let located = files::locate(&dir, &owned)?;
+            let stamp = located.stamp(&owned)?;
+            Ok((located, stamp))
+        })
+        .await?;
+        if let Some(handle) = slot.lock().resident_as(&stamp) {
+            return Ok(handle);
+        }
+        let (engine, owned) = (self.shared.engine.clone(), name.to_owned());
+        let read = blocking(move || located.load(&owned, &engine.info().sites)).await;
+        let (stamp, loaded) = match read {
+            Ok(read) => read,
+            Err(error) => {
+                if let AdapterError::Invalid { reason, .. } = &error {
+                    slot.lock().broken = Some((stamp, reason.clone()));
+                }
+                return Err(error);
+            }
+        };
+        if !loaded.unknown_fields.is_empty() {
+            let fields = loaded.unknown_fields.join(", ");
+            tracing::warn!(adapter = name, fields, "adapter_config.json sets fields that are not known here");
+        }
+        let generation = slot.lock().generation_for(&stamp);
+        let weights = loaded.weights;
+        let load = LoadAdapter { name: name.to_owned(), generation, weights };
+        let handle = self.shared.engine.load_adapter(load).await.map_err(|error| match error {
+            EngineError::AdapterInvalid(reason) => AdapterError::Invalid { name: name.to_owned(), reason },
+            other => AdapterError::Engine(other),
+        })?;
+        let before = {
+            let mut state = slot.lock();
+            state.generation = generation;
+            state.stamp = Some(stamp);
+            state.broken = None;
+            std::mem::replace(&mut state.resident, Arc::downgrade(&handle))
+        };
+        if let Some(old) = before.upgrade() {
+            // Requests that run with it keep it; nobody new can reach it.
+            self.shared.engine.unload_adapter(old).await?;
+        }
+        tracing::info!(adapter = name, generation, "adapter loaded");
+        Ok(handle)
+    }
+
+    async fn delete_now(&self, name: String) -> Result<(), AdapterError> {
+        let slot = self.slot(&name);
+        let _turn = match &slot {
+            Some(slot) => Some(slot.turn.lock().await),
+            None => None,
+        };
+        let (dir, owned) = (self.shared.dir.clone(), name.clone());
+        blocking(move || files::remove(&dir, &owned)).await?;
+        if let Some(slot) = &slot {
+            self.forget(slot).await?;
+        }
+        tracing::info!(adapter = name, "adapter deleted");
+        Ok(())
+    }
+
+    /// Takes the slot's adapter off the device; its generation stays, so that the next one is another.
+    async fn forget(&self, slot: &Slot) -> Result<(), AdapterError> {
+        let before = {
+            let mut state = slot.lock();
+            state.stamp = None;
+            state.broken = None;
+            std::mem::take(&mut state.resident)
+        };
+        match before.upgrade() {
+            Some(handle) => Ok(self.shared.engine.unload_adapter(handle).await?),
+            None => Ok(()),
+        }
+    }
+
+    fn with_state(&self, mut info: AdapterInfo, stamp: Option<&Stamp>) -> AdapterInfo {
+        if let Some(slot) = self.slot(&info.name) {
+            let state = slot.lock();
+            info.generation = (state.generation > 0).then_some(state.generation);
+            info.resident = state.resident.strong_count() > 0;
+            if let (None, Some(stamp), Some((of, reason))) = (&info.error, stamp, &state.broken)
+                && of == stamp
+            {
+                info.error = Some(AdapterError::invalid(&info.name, reason.as_str()).to_string());
+            }
+        }
+        info
+    }
+
+    fn slot(&self, name: &str) -> Option<Arc<Slot>> {
+        self.slots().get(name).cloned()
+    }
+
+    fn new_slot(&self, name: &str) -> Arc<Slot> {
+        self.slots().entry(name.to_owned()).or_default().clone()
+    }
+
+    fn slots(&self) -> MutexGuard<'_, HashMap<String, Arc<Slot>>> {
+        self.shared.slots.lock().expect("no holder of the slots lock panics")
+    }
+}
+
+impl Slot {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no holder of a slot's lock panics")
+    }
+}
+
+impl State {
+    /// The resident adapter, if it was made from these very files. The upgrade pins it.
+    fn resident_as(&self, stamp: &Stamp) -> Option<AdapterHandle> {
+        (self.stamp.as_ref() == Some(stamp)).then(|| self.resident.upgrade()).flatten()
+    }
+
+    /// The same generation for files that had only been evicted, the next one for others.
+    fn generation_for(&self, stamp: &Stamp) -> u64 {
+        if self.stamp.as_ref() == Some(stamp) { self.generation } else { self.generation + 1 }
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, AdapterError> + Send + 'static,
+) -> Result<T, AdapterError> {
+    unless_panicked(tokio::task::spawn_blocking(work).await)
+}
+
+/// Carries a panic of the task on to the caller. A task that never ran belongs to a runtime that is shutting
+/// down.
+fn unless_panicked<T>(
+    joined: Result<Result<T, AdapterError>, tokio::task::JoinError>,
+) -> Result<T, AdapterError> {
+    match joined {
+        Ok(result) => result,
+        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        Err(_) => Err(AdapterError::Engine(EngineError::Stopped)),
+    }
+}

@@ -1,0 +1,466 @@
+//! The server's settings: [`Typed`] as flags, environment and `server.yaml` give them, [`Settings`] as resolved.
+//! Precedence: flags, `GURUKUL_*`, `server.yaml`, defaults. It reads one file and opens no model and no socket.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use anyhow::{Context, bail};
+
+use super::origin::{Origin, Sourced, from_environment, pick};
+use super::size::{ByteSize, SizeError};
+use crate::engine::EngineConfig;
+use crate::model::load::{DeviceChoice, DtypeChoice};
+use crate::nn::quant::Quantization;
+
+/// The settings file inside the configs folder.
+pub const FILE_NAME: &str = "server.yaml";
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+impl FromStr for LogFormat {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        clap::ValueEnum::from_str(text, false).map_err(|_| "use text or json".to_owned())
+    }
+}
+
+/// A byte size, or `auto`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CacheSize {
+    /// The engine plans it from the model and the free memory.
+    Auto,
+    /// This much.
+    Bytes(ByteSize),
+}
+
+impl FromStr for CacheSize {
+    type Err = SizeError;
+    fn from_str(text: &str) -> Result<Self, SizeError> {
+        if text.trim() == "auto" { Ok(Self::Auto) } else { text.parse().map(Self::Bytes) }
+    }
+}
+
+impl fmt::Display for CacheSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Bytes(size) => size.fmt(f),
+        }
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for CacheSize {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(serde::Deserialize)]
+        #[serde(untagged)]
+        enum Form {
+            Number(u64),
+            Text(String),
+        }
+        match Form::deserialize(deserializer)? {
+            Form::Number(bytes) => Ok(Self::Bytes(ByteSize(bytes))),
+            Form::Text(text) => text.parse().map_err(serde::de::Error::custom),
+        }
+    }
+}
+
+/// One layer of settings as typed: everything optional, nothing checked yet but the syntax.
+#[derive(Debug, Clone, Default, PartialEq, clap::Args, serde::Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Typed {
+    /// Address to listen on [default: 127.0.0.1]
+    #[arg(long, global = true, value_name = "ADDRESS")]
+    pub host: Option<String>,
+    /// Port to listen on; 0 takes a free one [default: 8110]
+    #[arg(long, global = true)]
+    pub port: Option<u16>,
+    /// Where to run: auto, cpu, cuda or cuda:N [default: auto]
+    #[arg(long, global = true)]
+    pub device: Option<String>,
+    /// Folder that holds adapters/ [default: .]
+    #[arg(long, global = true, value_name = "FOLDER")]
+    pub data_dir: Option<PathBuf>,
+    /// Model folder, or hub id as org/name or org/name@revision
+    #[arg(long, global = true, value_name = "FOLDER_OR_HUB_ID")]
+    pub model: Option<String>,
+    /// How dense weights are held: auto, f32, f16 or bf16 [default: auto]
+    #[arg(long, global = true)]
+    pub dtype: Option<String>,
+    /// Quantize linear weights while loading: none, q8_0, q4_0 or q4_k [default: none]
+    #[arg(long, global = true)]
+    pub quantize: Option<String>,
+    /// Memory for the KV cache: auto, or a size such as 512MiB [default: auto]
+    #[arg(long, global = true, value_name = "SIZE")]
+    pub kv_cache: Option<CacheSize>,
+    /// Requests that run at once [default: 8]
+    #[arg(long, global = true, value_name = "N")]
+    pub max_batch: Option<usize>,
+    /// Requests that may wait; more are refused with 429 [default: 64]
+    #[arg(long, global = true, value_name = "N")]
+    pub max_queue: Option<usize>,
+    /// Prompt tokens worked on in one step while other requests are decoding [default: 64]
+    #[arg(long, global = true, value_name = "TOKENS")]
+    pub prefill_chunk: Option<usize>,
+    /// Memory for loaded adapters [default: 1GiB]
+    #[arg(long, global = true, value_name = "SIZE")]
+    pub adapter_cache: Option<ByteSize>,
+    /// Largest request body [default: 1MiB]
+    #[arg(long, global = true, value_name = "SIZE")]
+    pub max_body: Option<ByteSize>,
+    /// Longest prompt, in bytes of UTF-8 [default: 256KiB]
+    #[arg(long, global = true, value_name = "SIZE")]
+    pub max_prompt: Option<ByteSize>,
+    /// Log lines on stderr as text or json [default: text]
+    #[arg(long, global = true, value_name = "FORMAT")]
+    pub log: Option<LogFormat>,
+    /// Listen on an address that other machines reach, although nobody has to identify
+    #[arg(long, global = true, num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          value_name = "true|false")]
+    pub insecure_no_auth: Option<bool>,
+}
+
+impl Typed {
+    /// The layer of the environment; `lookup` gives the value of a variable.
+    fn from_environment(lookup: &dyn Fn(&str) -> Option<String>) -> anyhow::Result<Self> {
+        // The struct expression makes a field that is missing here a compile error.
+        macro_rules! read {
+            ($($field:ident),* $(,)?) => { Self { $($field: from_environment(lookup, stringify!($field))?),* } };
+        }
+        Ok(read!(
+            host,
+            port,
+            device,
+            data_dir,
+            model,
+            dtype,
+            quantize,
+            kv_cache,
+            max_batch,
+            max_queue,
+            prefill_chunk,
+            adapter_cache,
+            max_body,
+            max_prompt,
+            log,
+            insecure_no_auth,
+        ))
+    }
+
+    /// The layer of the settings file; a file that is not there says nothing.
+    fn from_file(path: &Path) -> anyhow::Result<Self> {
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(e) => return Err(e).with_context(|| format!("cannot read {}", path.display())),
+        };
+        // A file whose lines are all comments is the YAML value null.
+        let typed: Option<Self> =
+            serde_yaml::from_str(&text).with_context(|| format!("{}", path.display()))?;
+        Ok(typed.unwrap_or_default())
+    }
+}
+
+/// The command line's share: the typed layer and the folder with the settings files, which no file can name.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct ServerFlags {
+    /// Everything that `server.yaml` can say too.
+    #[command(flatten)]
+    pub typed: Typed,
+    /// Folder with server.yaml [default: configs]
+    #[arg(long, global = true, value_name = "FOLDER")]
+    pub configs: Option<PathBuf>,
+}
+
+/// What the engine needs besides the model's folder.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EngineSettings {
+    /// `--device`.
+    pub device: DeviceChoice,
+    /// `--dtype`.
+    pub dtype: DtypeChoice,
+    /// `--quantize`.
+    pub quantize: Quantization,
+    /// `--kv-cache`; `None` is `auto`.
+    pub kv_cache_bytes: Option<u64>,
+    /// `--max-batch`.
+    pub max_batch: usize,
+    /// `--max-queue`.
+    pub max_queue: usize,
+    /// `--prefill-chunk`.
+    pub prefill_chunk: usize,
+    /// `--adapter-cache`.
+    pub adapter_cache_bytes: u64,
+}
+
+impl EngineSettings {
+    /// The engine's configuration for a model folder.
+    pub fn for_model(&self, model_dir: PathBuf) -> EngineConfig {
+        let Self {
+            device,
+            dtype,
+            quantize,
+            kv_cache_bytes,
+            max_batch,
+            max_queue,
+            prefill_chunk,
+            adapter_cache_bytes,
+        } = *self;
+        EngineConfig {
+            model_dir,
+            device,
+            dtype,
+            quantize,
+            kv_cache_bytes,
+            max_batch,
+            max_queue,
+            prefill_chunk,
+            adapter_cache_bytes,
+        }
+    }
+}
+
+/// Resolved settings: every value is in its range, every default is filled in.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Address to listen on.
+    pub host: IpAddr,
+    /// Port to listen on; 0 takes a free one.
+    pub port: u16,
+    /// Folder of everything that the server keeps.
+    pub data_dir: PathBuf,
+    /// `data_dir/adapters`.
+    pub adapters_dir: PathBuf,
+    /// Folder of the settings files.
+    pub configs_dir: PathBuf,
+    /// Model folder or hub id; `None` when nobody named one.
+    pub model: Option<String>,
+    /// The engine's share.
+    pub engine: EngineSettings,
+    /// Largest request body, bytes.
+    pub max_body_bytes: usize,
+    /// Longest prompt, bytes of UTF-8.
+    pub max_prompt_bytes: usize,
+    /// How log lines look.
+    pub log: LogFormat,
+    /// Key, value and origin of every setting, in the order of `server.yaml`.
+    lines: Vec<(&'static str, String, Origin)>,
+}
+
+impl Settings {
+    /// Resolves the flags, the process's environment and the settings file.
+    ///
+    /// # Errors
+    /// An unknown key or a value that does not parse or is out of its range; the message names the flag, the
+    /// variable or the file's key, and the range.
+    pub fn resolve(flags: &ServerFlags) -> anyhow::Result<Self> {
+        Self::resolve_with(flags, &|name| std::env::var(name).ok())
+    }
+
+    fn resolve_with(flags: &ServerFlags, lookup: &dyn Fn(&str) -> Option<String>) -> anyhow::Result<Self> {
+        let from_variable = from_environment(lookup, "configs")?;
+        let configs =
+            pick("configs", [&flags.configs, &from_variable, &None], Path::new(""), "configs".into());
+        if configs.origin != Origin::Default && !configs.value.is_dir() {
+            return Err(configs.error(format_args!("no folder {}", configs.value.display())));
+        }
+        let path = configs.value.join(FILE_NAME);
+        let file = Typed::from_file(&path)?;
+        let environment = Typed::from_environment(lookup)?;
+        Self::from_layers(&flags.typed, &environment, &file, configs.value, &path)
+    }
+
+    fn from_layers(
+        flags: &Typed,
+        environment: &Typed,
+        file: &Typed,
+        configs_dir: PathBuf,
+        path: &Path,
+    ) -> anyhow::Result<Self> {
+        macro_rules! pick {
+            ($field:ident, $default:expr) => {
+                pick(
+                    stringify!($field),
+                    [&flags.$field, &environment.$field, &file.$field],
+                    path,
+                    $default.into(),
+                )
+            };
+        }
+        let host = pick!(host, "127.0.0.1");
+        let port = pick!(port, 8110_u16);
+        let device = pick!(device, "auto");
+        let data_dir = pick!(data_dir, ".");
+        // Without a default of its own: `None` means that nobody named a model.
+        let model = {
+            let [flag, environment, file] =
+                [flags, environment, file].map(|layer| layer.model.as_ref().map(|model| Some(model.clone())));
+            pick("model", [&flag, &environment, &file], path, None)
+        };
+        let dtype = pick!(dtype, "auto");
+        let quantize = pick!(quantize, "none");
+        let kv_cache = pick!(kv_cache, CacheSize::Auto);
+        let max_batch = pick!(max_batch, 8_usize);
+        let max_queue = pick!(max_queue, 64_usize);
+        let prefill_chunk = pick!(prefill_chunk, 64_usize);
+        let adapter_cache = pick!(adapter_cache, ByteSize(1 << 30));
+        let max_body = pick!(max_body, ByteSize(1 << 20));
+        let mut max_prompt = pick!(max_prompt, ByteSize(256 << 10));
+        let log = pick!(log, LogFormat::Text);
+        let insecure_no_auth = pick!(insecure_no_auth, false);
+
+        let address = host.convert(|text| parse_host(text))?;
+        if !address.is_loopback() && !insecure_no_auth.value {
+            return Err(host.error(format_args!(
+                "{address} can be reached from other machines, and this version has no API keys: anyone there \
+                 could use the server. Use 127.0.0.1, or say --insecure-no-auth to accept that"
+            )));
+        }
+        if let Some(spec) = &model.value
+            && spec.trim().is_empty()
+        {
+            return Err(model.error("is empty; name a model folder or a hub id"));
+        }
+        if !data_dir.value.is_dir() {
+            return Err(
+                data_dir.error(format_args!("no folder {}; create it first", data_dir.value.display()))
+            );
+        }
+        let max_body_bytes = max_body.within(ByteSize(1 << 10), ByteSize(1 << 30))?;
+        // A smaller body limit lowers a prompt limit that nobody chose; one that somebody chose must be reachable.
+        if max_prompt.origin == Origin::Default {
+            max_prompt.value = max_prompt.value.min(max_body_bytes);
+        }
+        let engine = EngineSettings {
+            device: device.convert(|text| parse_device(text))?,
+            dtype: dtype.convert(|text| parse_dtype(text))?,
+            quantize: quantize.convert(|text| parse_quantize(text))?,
+            kv_cache_bytes: match kv_cache.value {
+                CacheSize::Auto => None,
+                CacheSize::Bytes(value) => {
+                    let size = Sourced { name: "kv_cache", value, origin: kv_cache.origin.clone() };
+                    Some(size.within(ByteSize(1 << 16), ByteSize(1 << 44))?.0)
+                }
+            },
+            max_batch: max_batch.within(1, 1024)?,
+            max_queue: max_queue.within(0, 65_536)?,
+            prefill_chunk: prefill_chunk.within(1, 65_536)?,
+            adapter_cache_bytes: adapter_cache.within(ByteSize(1 << 10), ByteSize(1 << 44))?.0,
+        };
+        let max_prompt_bytes = max_prompt.within(ByteSize(1), max_body_bytes).map_err(|e| {
+            e.context("a prompt comes inside a request body, so --max-prompt cannot be above --max-body")
+        })?;
+
+        macro_rules! lines {
+            ($($setting:ident: $shown:expr),* $(,)?) => {
+                vec![$((stringify!($setting), $shown, $setting.origin.clone())),*]
+            };
+        }
+        let lines = lines![
+            host: quoted(&address.to_string()),
+            port: port.value.to_string(),
+            device: quoted(&device.value),
+            data_dir: quoted(&data_dir.value.to_string_lossy()),
+            model: model.value.as_deref().map_or("null".into(), quoted),
+            dtype: quoted(&dtype.value),
+            quantize: quoted(&quantize.value),
+            kv_cache: quoted(&kv_cache.value.to_string()),
+            max_batch: max_batch.value.to_string(),
+            max_queue: max_queue.value.to_string(),
+            prefill_chunk: prefill_chunk.value.to_string(),
+            adapter_cache: quoted(&adapter_cache.value.to_string()),
+            max_body: quoted(&max_body.value.to_string()),
+            max_prompt: quoted(&max_prompt.value.to_string()),
+            log: match log.value { LogFormat::Text => "text".into(), LogFormat::Json => "json".into() },
+            insecure_no_auth: insecure_no_auth.value.to_string(),
+        ];
+        Ok(Self {
+            host: address,
+            port: port.value,
+            adapters_dir: data_dir.value.join("adapters"),
+            data_dir: data_dir.value,
+            configs_dir,
+            model: model.value,
+            engine,
+            max_body_bytes: max_body_bytes.0 as usize,
+            max_prompt_bytes: max_prompt_bytes.0 as usize,
+            log: log.value,
+            lines,
+        })
+    }
+
+    /// The resolved settings as a `server.yaml`, each with a comment saying where it came from.
+    pub fn to_yaml(&self) -> String {
+        let mut text = String::new();
+        for (name, value, origin) in &self.lines {
+            let from = match origin {
+                Origin::Flag => "flag".to_owned(),
+                Origin::Environment => format!("GURUKUL_{}", name.to_ascii_uppercase()),
+                Origin::File(path) => path.display().to_string(),
+                Origin::Default => "default".to_owned(),
+            };
+            text.push_str(&format!("{name}: {value}  # {from}\n"));
+        }
+        text
+    }
+}
+
+/// A YAML scalar in double quotes, whose escapes are those of JSON.
+fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+fn parse_host(text: &str) -> anyhow::Result<IpAddr> {
+    if text == "localhost" {
+        return Ok(Ipv4Addr::LOCALHOST.into());
+    }
+    let bare = text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text);
+    bare.parse().map_err(|_| {
+        anyhow::anyhow!("'{text}' is no IP address; use 127.0.0.1 (this machine only), or 0.0.0.0 or ::1")
+    })
+}
+
+fn parse_device(text: &str) -> anyhow::Result<DeviceChoice> {
+    match text {
+        "auto" => Ok(DeviceChoice::Auto),
+        "cpu" => Ok(DeviceChoice::Cpu),
+        "cuda" => Ok(DeviceChoice::Cuda(0)),
+        _ => match text.strip_prefix("cuda:").map(str::parse) {
+            Some(Ok(index)) => Ok(DeviceChoice::Cuda(index)),
+            _ => bail!("'{text}' is no device; use auto, cpu, cuda or cuda:N with N the number of the card"),
+        },
+    }
+}
+
+fn parse_dtype(text: &str) -> anyhow::Result<DtypeChoice> {
+    match text {
+        "auto" => Ok(DtypeChoice::Auto),
+        "f32" => Ok(DtypeChoice::F32),
+        "f16" => Ok(DtypeChoice::F16),
+        "bf16" => Ok(DtypeChoice::Bf16),
+        _ => bail!("'{text}' is no dtype; use auto, f32, f16 or bf16"),
+    }
+}
+
+fn parse_quantize(text: &str) -> anyhow::Result<Quantization> {
+    match text {
+        "none" => Ok(Quantization::None),
+        "q8_0" => Ok(Quantization::Q8_0),
+        "q4_0" => Ok(Quantization::Q4_0),
+        "q4_k" => Ok(Quantization::Q4K),
+        _ => bail!("'{text}' is no quantization; use none, q8_0, q4_0 or q4_k"),
+    }
+}
+
+#[cfg(test)]
+#[path = "server_tests.rs"]
+mod tests;

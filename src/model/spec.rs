@@ -1,0 +1,156 @@
+//! What a family says about itself: the parts that the shared decoder uses, and the names of its tensors. Holds
+//! no machinery.
+
+use crate::model::config::RopeSpec;
+use crate::nn::Activation;
+
+/// A model of the shared decoder.
+#[derive(Debug, Clone)]
+pub struct Spec {
+    /// Family, as `model_type` names it.
+    pub family: &'static str,
+    /// Rows of the token embedding.
+    pub vocab_size: usize,
+    /// Width.
+    pub hidden_size: usize,
+    /// Layers.
+    pub layers: usize,
+    /// Positions the model was made for.
+    pub max_positions: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// What scores are multiplied with.
+    pub attention_scale: f64,
+    /// Positions as a bias on scores.
+    pub alibi: bool,
+    /// Window of each layer.
+    pub windows: Vec<Option<usize>>,
+    /// Rotary tables; empty where positions enter otherwise.
+    pub ropes: Vec<RopeSpec>,
+    /// The table of each layer, `None` for a layer without rotary embedding.
+    pub rope_of_layer: Vec<Option<usize>>,
+    /// Kind of every normalisation.
+    pub norm: NormKind,
+    /// Added under the root.
+    pub norm_eps: f64,
+    /// What token embeddings are multiplied with.
+    pub embedding_scale: f64,
+    /// What each branch is multiplied with before it joins the residual stream.
+    pub residual_scale: f64,
+    /// What logits are divided by.
+    pub logits_divisor: f64,
+    /// Linear weights lie as `[in, out]` (GPT-2's Conv1D).
+    pub transposed: bool,
+    /// Names outside the layers.
+    pub names: Names,
+    /// Names inside a layer.
+    pub layer: LayerNames,
+}
+
+/// Kinds of normalisation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormKind {
+    /// RMSNorm.
+    Rms,
+    /// RMSNorm that multiplies with 1 + weight.
+    RmsPlusOne,
+    /// LayerNorm with bias.
+    Layer,
+}
+
+/// Tensor names outside the layers, as transformers names the modules (a checkpoint may leave out the first
+/// part).
+#[derive(Debug, Clone)]
+pub struct Names {
+    /// Token embedding.
+    pub embedding: &'static str,
+    /// Learned position embedding.
+    pub positions: Option<&'static str>,
+    /// Normalisation right after the embedding.
+    pub embedding_norm: Option<&'static str>,
+    /// What stands before a layer's number.
+    pub layers: &'static str,
+    /// Last normalisation.
+    pub final_norm: &'static str,
+    /// Output head; `None` where it is the token embedding.
+    pub head: Option<&'static str>,
+}
+
+/// Tensor names inside a layer.
+#[derive(Debug, Clone)]
+pub struct LayerNames {
+    /// Normalisations, each where the family has it.
+    pub norms: LayerNorms,
+    /// Projections to queries, keys and values.
+    pub qkv: Qkv,
+    /// Normalisation of queries and keys: a weight of one head or of the whole projection.
+    pub qk_norm: Option<(&'static str, &'static str)>,
+    /// Projection back from attention.
+    pub attention_out: &'static str,
+    /// Feed-forward part.
+    pub mlp: Mlp,
+    /// Its activation.
+    pub activation: Activation,
+}
+
+/// Where a layer normalises.
+#[derive(Debug, Clone, Default)]
+pub struct LayerNorms {
+    /// The input of attention.
+    pub before_attention: Option<&'static str>,
+    /// The output of attention, before it joins the residual stream.
+    pub after_attention: Option<&'static str>,
+    /// The input of the feed-forward part.
+    pub before_mlp: Option<&'static str>,
+    /// Its output.
+    pub after_mlp: Option<&'static str>,
+}
+
+/// How queries, keys and values are projected.
+#[derive(Debug, Clone)]
+pub enum Qkv {
+    /// Three matrices.
+    Separate(&'static str, &'static str, &'static str),
+    /// One matrix whose output is all queries, then all keys, then all values.
+    Fused(&'static str),
+    /// One matrix whose output is, for each head, its query, key and value (BLOOM).
+    InterleavedByHead(&'static str),
+}
+
+/// Feed-forward part.
+#[derive(Debug, Clone)]
+pub enum Mlp {
+    /// down(f(gate(x)) * up(x)).
+    Gated {
+        /// Gate.
+        gate: &'static str,
+        /// Up.
+        up: &'static str,
+        /// Down.
+        down: &'static str,
+        /// Width.
+        width: usize,
+    },
+    /// The same with gate and up in one matrix, gate first.
+    FusedGated {
+        /// Gate and up.
+        gate_up: &'static str,
+        /// Down.
+        down: &'static str,
+        /// Width of each half.
+        width: usize,
+    },
+    /// down(f(up(x))).
+    Plain {
+        /// Up.
+        up: &'static str,
+        /// Down.
+        down: &'static str,
+        /// Width.
+        width: usize,
+    },
+}

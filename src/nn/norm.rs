@@ -1,0 +1,35 @@
+//! Normalisation layers with their weights.
+
+use candle_core::{Result, Tensor};
+
+use super::ops;
+
+/// A normalisation over the last dimension; weights are f32 on the model's device.
+pub enum Norm {
+    /// RMSNorm.
+    Rms {
+        /// `[d]`; where a family multiplies with 1 + w, the 1 is added when it is loaded.
+        weight: Tensor,
+        /// Added to the mean square.
+        eps: f64,
+    },
+    /// LayerNorm.
+    Layer {
+        /// `[d]`.
+        weight: Tensor,
+        /// `[d]`.
+        bias: Tensor,
+        /// Added to the variance.
+        eps: f64,
+    },
+}
+
+impl Norm {
+    /// Same shape as `x`, whose element count is a multiple of the weight's.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Rms { weight, eps } => ops::norm::rms_norm(x, weight, *eps),
+            Self::Layer { weight, bias, eps } => ops::norm::layer_norm(x, weight, bias, *eps),
+        }
+    }
+}
