@@ -76,6 +76,7 @@ json.dump([env.from_string(t).render(messages=given["messages"], tools=None, doc
 "#;
 
 #[test]
+#[expect(clippy::print_stdout, reason = "a test that skips says so")]
 fn renders_as_jinja_does() {
     let given = serde_json::json!({"messages": conversation(), "templates": TEMPLATES});
     let python = Command::new("python3")
