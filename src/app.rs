@@ -1,1 +1,270 @@
-//! To come.
+//! Builds everything once, in order (model folder, tokenizer, engine, adapters, routes, listener), and takes it
+//! down in order. What each part does is known to the part.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use tokio::net::TcpListener;
+
+use crate::adapters::Registry;
+use crate::config::Settings;
+use crate::data::hub::{self, Progress};
+use crate::engine::EngineHandle;
+use crate::http::{self, AppState, HttpSettings};
+use crate::metrics;
+use crate::model::tokenizer::Tokenizer;
+
+/// How long running requests may go on after the signal to stop. A second signal ends them at once.
+const GRACE: Duration = Duration::from_secs(30);
+
+/// Marks, in an error's chain, what went wrong before anything ran: settings, model, port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("cannot start")]
+pub struct CannotStart;
+
+/// A model that answers, without HTTP.
+pub struct Loaded {
+    /// The engine.
+    pub engine: EngineHandle,
+    /// The model's tokenizer.
+    pub tokenizer: Arc<Tokenizer>,
+    /// The adapters in the data folder.
+    pub adapters: Arc<Registry>,
+    /// The name that the base model is served under: its hub id, or its folder's name.
+    pub model_id: String,
+}
+
+/// The folder of the model that the settings name, downloaded where it has to be.
+///
+/// # Errors
+/// No model is named; otherwise as [`hub::resolve_model`]. The chain holds [`CannotStart`].
+pub async fn model_folder(settings: &Settings) -> anyhow::Result<PathBuf> {
+    hub::resolve_model(model_spec(settings)?, Progress::Bar).await.context(CannotStart)
+}
+
+fn model_spec(settings: &Settings) -> anyhow::Result<&str> {
+    let spec = settings.model.as_deref().context(
+        "no model is named, and this version has none built in. Name a folder or a hub id: \
+         gurukul serve --model ./my-model, or gurukul serve --model Qwen/Qwen2.5-0.5B-Instruct \
+         (also as GURUKUL_MODEL, or as model: in configs/server.yaml)",
+    );
+    spec.context(CannotStart)
+}
+
+/// Loads the model and the tokenizer, and starts the engine.
+///
+/// # Errors
+/// What [`model_folder`], [`Tokenizer::from_dir`] and [`EngineHandle::start`] refuse. The chain holds
+/// [`CannotStart`].
+pub async fn load(settings: &Settings) -> anyhow::Result<Loaded> {
+    let spec = model_spec(settings)?;
+    let folder = model_folder(settings).await?;
+    let model_id = model_id(spec, &folder);
+    let config = settings.engine.for_model(folder.clone());
+    // Reading and quantizing weights takes its time, which a runtime thread does not have.
+    let load = move || {
+        let tokenizer = Arc::new(Tokenizer::from_dir(&folder)?);
+        let engine = EngineHandle::start(config, tokenizer.clone())?;
+        anyhow::Ok((engine, tokenizer))
+    };
+    let loaded = tokio::task::spawn_blocking(load).await.context("loading the model panicked");
+    let (engine, tokenizer) =
+        loaded.and_then(|l| l).with_context(|| format!("--model {spec}")).context(CannotStart)?;
+    let adapters = Arc::new(Registry::new(settings.adapters_dir.clone(), engine.clone()));
+    Ok(Loaded { engine, tokenizer, adapters, model_id })
+}
+
+/// The server, ready to answer.
+pub struct App {
+    listener: TcpListener,
+    address: SocketAddr,
+    router: axum::Router,
+    engine: EngineHandle,
+    adapters: Arc<Registry>,
+}
+
+impl App {
+    /// Takes the port, loads the model, lays out the routes.
+    ///
+    /// # Errors
+    /// A port in use, or what [`load`] refuses. The chain holds [`CannotStart`].
+    pub async fn build(settings: &Settings) -> anyhow::Result<Self> {
+        model_spec(settings)?;
+        // Before the model, because it fails at once where loading a model takes minutes. Whoever connects meanwhile waits.
+        let listener = listen(SocketAddr::new(settings.host, settings.port)).await.context(CannotStart)?;
+        let address = listener.local_addr().context("the listener has no address").context(CannotStart)?;
+        let Loaded { engine, tokenizer, adapters, model_id } = load(settings).await?;
+        let http = HttpSettings {
+            max_body_bytes: settings.max_body_bytes,
+            max_prompt_bytes: settings.max_prompt_bytes,
+            ..HttpSettings::new(model_id)
+        };
+        let router = http::router(AppState {
+            engine: engine.clone(),
+            tokenizer,
+            adapters: adapters.clone(),
+            settings: Arc::new(http),
+            prometheus: metrics::install().context(CannotStart)?,
+            started: Instant::now(),
+        });
+        Ok(Self { listener, address, router, engine, adapters })
+    }
+
+    /// A handle to the engine, for its shutdown after the runtime's.
+    pub fn engine(&self) -> EngineHandle {
+        self.engine.clone()
+    }
+
+    /// The adapters that it serves.
+    pub fn adapters(&self) -> Arc<Registry> {
+        self.adapters.clone()
+    }
+
+    /// Where it listens; tells the port that was chosen for port 0.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Answers until `stop` is through; then accepts no more, and returns once the running requests have ended,
+    /// or after a grace period, or when `stop`'s answer is through: the second signal.
+    ///
+    /// # Errors
+    /// The listener failed.
+    pub async fn run<Again: Future<Output = ()>>(
+        self,
+        stop: impl Future<Output = Again>,
+    ) -> anyhow::Result<()> {
+        let info = self.engine.info();
+        tracing::info!(
+            family = info.family,
+            parameters = info.parameters,
+            device = info.device,
+            quantization = info.quantization,
+            context_tokens = info.context_length,
+            "listening on http://{}",
+            self.address
+        );
+        let (stopping, stopped) = tokio::sync::oneshot::channel::<()>();
+        let server = axum::serve(self.listener, self.router).with_graceful_shutdown(async move {
+            // An error means that the sender is gone, which is a signal as well.
+            let _ = stopped.await;
+        });
+        let mut server = std::pin::pin!(server.into_future());
+        let again = tokio::select! {
+            outcome = &mut server => return outcome.context("the listener failed"),
+            again = stop => again,
+        };
+        let running = self.engine.stats().running;
+        tracing::info!(running, grace_s = GRACE.as_secs(), "stopping; running requests may end");
+        drop(stopping);
+        tokio::select! {
+            outcome = server => return outcome.context("the listener failed"),
+            () = tokio::time::sleep(GRACE) => tracing::warn!("the grace period is over; cutting what still runs"),
+            () = again => tracing::warn!("asked again to stop; cutting what still runs"),
+        }
+        Ok(())
+    }
+}
+
+/// A future that waits for ctrl-c or SIGTERM; its answer waits for the next one. From this call on, neither ends
+/// the process by itself. Needs the runtime around it.
+///
+/// # Errors
+/// The system does not let signals be handled.
+#[expect(clippy::async_yields_async, reason = "the first wait's answer is the wait for the second signal")]
+pub fn stop_signal() -> anyhow::Result<impl Future<Output = impl Future<Output = ()>>> {
+    let mut signals = Signals::handle().context("signals cannot be handled").context(CannotStart)?;
+    Ok(async move {
+        signals.next().await;
+        async move { signals.next().await }
+    })
+}
+
+#[cfg(unix)]
+struct Signals {
+    interrupt: tokio::signal::unix::Signal,
+    terminate: tokio::signal::unix::Signal,
+}
+
+#[cfg(unix)]
+impl Signals {
+    fn handle() -> io::Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
+
+#[cfg(windows)]
+struct Signals(tokio::signal::windows::CtrlC);
+
+#[cfg(windows)]
+impl Signals {
+    fn handle() -> io::Result<Self> {
+        tokio::signal::windows::ctrl_c().map(Self)
+    }
+
+    async fn next(&mut self) {
+        self.0.recv().await;
+    }
+}
+
+async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.map_err(|error| {
+        let remedy = match error.kind() {
+            io::ErrorKind::AddrInUse => {
+                "another program listens there; stop it, or choose another --port (0 takes a free one)"
+            }
+            io::ErrorKind::PermissionDenied => "ports below 1024 need special rights; choose another --port",
+            io::ErrorKind::AddrNotAvailable => {
+                "this machine does not have that address; choose another --host"
+            }
+            _ => "choose another --host or --port",
+        };
+        anyhow::anyhow!("cannot listen on {address}: {error}; {remedy}")
+    })
+}
+
+/// A hub id without its revision, or the name of a folder.
+fn model_id(spec: &str, folder: &Path) -> String {
+    if !Path::new(spec).is_dir() {
+        return spec.split('@').next().unwrap_or(spec).to_owned();
+    }
+    let absolute = std::fs::canonicalize(folder);
+    let name = absolute.as_deref().unwrap_or(folder).file_name();
+    name.map_or_else(|| spec.to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_port_in_use_is_named() {
+        let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = taken.local_addr().unwrap();
+        let message = listen(address).await.unwrap_err().to_string();
+        assert!(message.contains(&address.to_string()) && message.contains("--port"), "{message}");
+    }
+
+    #[test]
+    fn models_are_served_under_their_names() {
+        assert_eq!(model_id("org/name@v1", Path::new("/cache/snapshots/abc")), "org/name");
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("my-model");
+        std::fs::create_dir(&folder).unwrap();
+        assert_eq!(model_id(&format!("{}/", folder.display()), &folder), "my-model");
+        assert_eq!(model_id(folder.join("../my-model/.").to_str().unwrap(), &folder), "my-model");
+    }
+}

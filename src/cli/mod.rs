@@ -1,6 +1,90 @@
-//! The command line.
+//! The command line: flags to resolved settings, log lines to stderr, one file a sub-command, errors to exit
+//! codes (2: usage, settings, model, start-up; 1: a failure while running). The work itself is elsewhere.
+
+mod bench;
+mod check_config;
+mod generate;
+mod serve;
+
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use crate::app::CannotStart;
+use crate::config::{LogFormat, ServerFlags, Settings};
+
+const AFTER_HELP: &str = "\
+Every setting can be given three ways: as a flag (--max-batch 4), as a variable (GURUKUL_MAX_BATCH=4), as a key \
+of configs/server.yaml (max_batch: 4). The first that says something counts. `gurukul check-config` shows what is \
+in force. RUST_LOG chooses the log level.
+
+Models come from a folder or from a hub (HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE):
+  gurukul serve --model ./my-model
+  gurukul serve --model Qwen/Qwen2.5-0.5B-Instruct";
+
+/// Serves a small language model over HTTP, each request with the adapter that it names.
+#[derive(clap::Parser)]
+#[command(name = "gurukul", version, after_help = AFTER_HELP)]
+struct CommandLine {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    flags: ServerFlags,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Answer over HTTP (the default)
+    Serve,
+    /// Answer one prompt on the terminal
+    Generate(generate::Args),
+    /// Show the settings in force and what the model folder holds
+    CheckConfig,
+    /// Measure, and print the figures as JSON
+    Bench(bench::Args),
+}
 
 /// Parses the command line and runs it.
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+pub fn main() -> ExitCode {
+    let line = CommandLine::parse();
+    match run(line) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nobody is left to tell when stderr is closed.
+            let _ = writeln!(std::io::stderr(), "error: {error:#}");
+            ExitCode::from(if error.is::<CannotStart>() { 2 } else { 1 })
+        }
+    }
+}
+
+fn run(line: CommandLine) -> anyhow::Result<()> {
+    let settings = Settings::resolve(&line.flags).map_err(|e| e.context(CannotStart))?;
+    start_logging(settings.log);
+    match line.command.unwrap_or(Command::Serve) {
+        Command::Serve => serve::run(&settings),
+        Command::Generate(args) => generate::run(&args, &settings),
+        Command::CheckConfig => check_config::run(&settings),
+        Command::Bench(args) => bench::run(args, settings),
+    }
+}
+
+/// Log lines go to stderr; stdout belongs to answers. `RUST_LOG` chooses what is logged, else level info.
+fn start_logging(format: LogFormat) {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
+        LogFormat::Json => builder.json().flatten_event(true).init(),
+    }
+}
+
+/// The runtime of a sub-command. Two workers: connections need little, and the compute threads want the cores.
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|e| anyhow::Error::new(e).context("no thread for the runtime").context(CannotStart))
 }

@@ -253,7 +253,7 @@ pub struct Settings {
     /// How log lines look.
     pub log: LogFormat,
     /// Key, value and origin of every setting, in the order of `server.yaml`.
-    lines: Vec<(&'static str, String, Origin)>,
+    pub(crate) lines: Vec<(&'static str, String, Origin)>,
 }
 
 impl Settings {

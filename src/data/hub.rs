@@ -40,22 +40,6 @@ pub async fn resolve_model(spec: &str, progress: Progress) -> anyhow::Result<Pat
     }
 }
 
-/// The files with weights in a model's folder: `model.safetensors`, or those that its index names.
-///
-/// # Errors
-/// There are none, the index is damaged, or it names a file that is not there.
-pub fn weight_files(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    if folder.join(cache::SINGLE).exists() {
-        return Ok(vec![folder.join(cache::SINGLE)]);
-    }
-    ensure!(folder.join(cache::INDEX).exists(), "there is neither {} nor {}", cache::SINGLE, cache::INDEX);
-    let files: Vec<PathBuf> = cache::shards(folder)?.iter().map(|name| folder.join(name)).collect();
-    if let Some(file) = files.iter().find(|file| !file.exists()) {
-        bail!("{} names {}, which is not there; download it again", cache::INDEX, file.display());
-    }
-    Ok(files)
-}
-
 /// What `--model` means.
 #[derive(Debug, PartialEq, Eq)]
 enum Spec {
