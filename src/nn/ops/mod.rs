@@ -8,6 +8,7 @@
 pub(crate) mod activation;
 pub(crate) mod attend;
 pub(crate) mod dot;
+pub(crate) mod dot_packed;
 pub(crate) mod math;
 pub(crate) mod norm;
 pub(crate) mod product;

@@ -7,6 +7,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::dot::{TILE_N, dots};
+use super::dot_packed::packed_dots;
 use super::unpack::Rows;
 use super::{Shared, multiversion, parallel};
 
@@ -57,10 +58,15 @@ impl Product<'_> {
         parallel(n.div_ceil(band), m * k * n, |bands| {
             let columns = bands.start * band..(bands.end * band).min(n);
             let base_pointer = out;
-            for first in columns.clone().step_by(band) {
+            // SAFETY: column ranges of different threads are disjoint, and element (i, j) is written by the thread
+            // that has column j alone; the sizes are asserted above.
+            let in_registers = unsafe {
+                let y = base_pointer.part(columns.start..columns.start).as_mut_ptr();
+                packed_dots(self.weight, columns.clone(), (m, k), self.x.as_ptr(), y, n)
+            };
+            for first in columns.clone().step_by(band).filter(|_| !in_registers) {
                 let count = band.min(columns.end - first);
-                // SAFETY: column ranges of different threads are disjoint, and element (i, j) is written by the
-                // thread that has column j alone; the sizes are asserted above.
+                // SAFETY: as above.
                 self.with_band(first, count, |w| unsafe {
                     let y = base_pointer.part(first..first).as_mut_ptr();
                     dots(m, count, k, self.x.as_ptr(), w.as_ptr(), y, n);
