@@ -2,6 +2,7 @@
 //! `GURUKUL_TEST_PYTHON`; the checks themselves are in `openai_client.py`.
 #![expect(clippy::print_stderr, reason = "a test that skips says so, and one that fails shows why")]
 
+#[expect(dead_code, reason = "the client brings its own requests")]
 mod support;
 
 use support::{ADAPTER, Limits, MODEL, Server};

@@ -22,8 +22,8 @@ fn decoder(dir: &Path) -> Decoder {
 fn all_logits(model: &Decoder, rows: &[Vec<u32>]) -> Tensor {
     let length = rows[0].len();
     let pages = length.div_ceil(PAGE_TOKENS);
-    let mut cache =
-        KvCache::new(model.kv_shape(), rows.len() * pages, model.activations(), model.device()).expect("a cache");
+    let mut cache = KvCache::new(model.kv_shape(), rows.len() * pages, model.activations(), model.device())
+        .expect("a cache");
     let spans = (0..rows.len())
         .map(|i| SequenceSpan {
             rows: i * length..(i + 1) * length,

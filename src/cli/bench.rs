@@ -117,8 +117,8 @@ async fn generate(
         served: Served,
     }
 
-    fits(workload, engine)?;
-    let handles = acquire(&workload.adapters, registry).await?;
+    fits(workload, engine).context(CannotStart)?;
+    let handles = acquire(&workload.adapters, registry).await.context(CannotStart)?;
     let mut prompts = Prompts::new(workload, engine.info().vocab_size, &engine.info().eos_token_ids);
     let cells = cells(workload, handles.len());
     let mut rounds: Vec<(Vec<Round>, Vec<Round>)> = vec![Default::default(); cells.len()];
@@ -184,7 +184,7 @@ struct CellRounds {
 
 async fn serve_here(workload: &Workload, app: App) -> anyhow::Result<Map<String, Value>> {
     let (engine, registry) = (app.engine(), app.adapters());
-    fits(workload, &engine)?;
+    fits(workload, &engine).context(CannotStart)?;
     let url = format!("http://{}", app.address());
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     // A dropped sender stops the server as well; it is never asked twice.
@@ -192,7 +192,7 @@ async fn serve_here(workload: &Workload, app: App) -> anyhow::Result<Map<String,
     let info = engine.info();
     let prompts = Prompts::new(workload, info.vocab_size, &info.eos_token_ids);
     let measured = async {
-        let handles = acquire(&workload.adapters, &registry).await?;
+        let handles = acquire(&workload.adapters, &registry).await.context(CannotStart)?;
         measure(workload, Server::new(&url)?, prompts, Some((&engine, &handles))).await
     };
     let results = measured.await;

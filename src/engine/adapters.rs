@@ -25,35 +25,30 @@ struct Resident {
     retired: bool,
 }
 
-impl Resident {
-    /// Somebody outside this table holds the handle.
-    fn is_pinned(&self) -> bool {
-        Arc::strong_count(&self.key) > 1
-    }
-}
-
 impl Adapters {
     pub(super) fn new(budget_bytes: u64) -> Self {
         Self { budget_bytes, residents: Vec::new(), clock: 0 }
     }
 
     /// Makes room, then lays the weights out on the device.
-    pub(super) fn load(&mut self, adapter: LoadAdapter, model: &Decoder) -> Result<AdapterHandle, EngineError> {
+    pub(super) fn load(
+        &mut self,
+        adapter: LoadAdapter,
+        model: &Decoder,
+    ) -> Result<AdapterHandle, EngineError> {
         let bytes = adapter.weights.bytes();
         for old in self.residents.iter_mut().filter(|r| r.key.name == adapter.name) {
             old.retired = true;
         }
         self.sweep();
         while self.bytes() + bytes > self.budget_bytes {
-            let oldest = self.residents.iter().filter(|r| !r.is_pinned()).min_by_key(|r| r.last_used);
-            let Some(serial) = oldest.map(|r| r.key.serial()) else {
+            if !self.evict_oldest() {
                 return Err(EngineError::AdapterMemory {
                     needed_bytes: bytes,
                     budget_bytes: self.budget_bytes,
                     pinned_bytes: self.bytes(),
                 });
-            };
-            self.residents.retain(|r| r.key.serial() != serial);
+            }
         }
         let bound = Adapter::bind(&adapter.weights, model.sites(), |s| model.site_weight(s), model.device())
             .map_err(|error| EngineError::AdapterInvalid(error.to_string()))?;
@@ -91,8 +86,32 @@ impl Adapters {
         self.residents.iter().map(|r| (r.key.name.clone(), r.key.generation, r.bytes)).collect()
     }
 
+    /// Lets the adapter go that was unused for longest; false when all are held.
+    fn evict_oldest(&mut self) -> bool {
+        self.residents.sort_by_key(|r| r.last_used);
+        (0..self.residents.len()).any(|at| self.release(at))
+    }
+
+    /// Lets go of what no new request finds and nobody holds.
     fn sweep(&mut self) {
-        self.residents.retain(|r| !r.retired || r.is_pinned());
+        for at in (0..self.residents.len()).rev() {
+            if self.residents[at].retired {
+                self.release(at);
+            }
+        }
+    }
+
+    /// Removes a resident unless somebody holds its handle. The handle itself decides, in one atomic step:
+    /// whoever keeps a weak one either gets it in time or finds it gone.
+    fn release(&mut self, at: usize) -> bool {
+        let resident = self.residents.remove(at);
+        match Arc::try_unwrap(resident.key) {
+            Ok(_) => true,
+            Err(key) => {
+                self.residents.insert(at, Resident { key, ..resident });
+                false
+            }
+        }
     }
 
     fn bytes(&self) -> u64 {

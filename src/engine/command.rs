@@ -34,14 +34,23 @@ pub struct Sampling {
 
 impl Default for Sampling {
     fn default() -> Self {
-        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 0, stream: 0 }
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            seed: 0,
+            stream: 0,
+        }
     }
 }
 
 impl Sampling {
     /// Checks every range. The error names the field and the range, in the words of the HTTP contract.
     pub fn validate(&self) -> Result<(), EngineError> {
-        let bad = |field, message: &str| Err(EngineError::InvalidParameter { field, message: message.into() });
+        let bad =
+            |field, message: &str| Err(EngineError::InvalidParameter { field, message: message.into() });
         if !(0.0..=100.0).contains(&self.temperature) {
             return bad("temperature", "must be between 0 (greedy) and 100");
         }

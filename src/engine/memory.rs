@@ -56,7 +56,9 @@ pub(super) fn plan_pages(config: &EngineConfig, model: &Decoder) -> Result<usize
 fn free_bytes(device: &Device) -> Option<u64> {
     #[cfg(feature = "cuda")]
     if !device.is_cpu() {
-        return candle_core::cuda_backend::cudarc::driver::result::mem_get_info().ok().map(|(free, _)| free as u64);
+        return candle_core::cuda_backend::cudarc::driver::result::mem_get_info()
+            .ok()
+            .map(|(free, _)| free as u64);
     }
     let _ = device;
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;

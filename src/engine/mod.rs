@@ -2,9 +2,9 @@
 //! an [`EngineHandle`] and sends it commands. This file is the handle and the types around it; `run` is the
 //! thread.
 
+mod adapters;
 pub mod command;
 pub mod detokenize;
-mod adapters;
 mod memory;
 mod run;
 pub mod sampler;
@@ -18,11 +18,11 @@ use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot};
 
+use command::Command;
 pub use command::{
     AdapterHandle, Event, FinishReason, GenerateRequest, Generation, LoadAdapter, PositionLogprobs, Sampling,
     ScoreRequest, TokenLogprob, Usage,
 };
-use command::Command;
 
 use crate::model::load::{DeviceChoice, DtypeChoice};
 use crate::model::tokenizer::Tokenizer;
@@ -198,7 +198,9 @@ impl EngineHandle {
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
             run::thread(config, tokenizer, inbox, ready, for_thread.0, for_thread.1);
         })?;
-        let info = loaded.recv().map_err(|_| anyhow::anyhow!("the engine thread ended while loading the model"))??;
+        let info = loaded
+            .recv()
+            .map_err(|_| anyhow::anyhow!("the engine thread ended while loading the model"))??;
         Ok(Self {
             shared: Arc::new(Shared {
                 commands: Mutex::new(Some(commands)),
@@ -241,7 +243,10 @@ impl EngineHandle {
             return invalid("prompt", "must not be empty".into());
         }
         if let Some(&token) = request.prompt.iter().find(|&&t| t as usize >= info.vocab_size) {
-            return invalid("prompt", format!("holds token {token}, but the vocabulary has {}", info.vocab_size));
+            return invalid(
+                "prompt",
+                format!("holds token {token}, but the vocabulary has {}", info.vocab_size),
+            );
         }
         if request.max_new_tokens == 0 {
             return invalid("max_new_tokens", "must be at least 1".into());

@@ -135,7 +135,9 @@ impl Engine {
             Command::Generate(request, events, submitted) => {
                 let (tokenizer, vocab_size) = (self.tokenizer.clone(), self.model.spec().vocab_size);
                 let model_stop = &self.eos_token_ids;
-                self.admit(Sequence::generate(*request, events, submitted, tokenizer, model_stop, vocab_size));
+                self.admit(Sequence::generate(
+                    *request, events, submitted, tokenizer, model_stop, vocab_size,
+                ));
             }
             Command::Score(request, reply) => self.admit(Sequence::score(request, reply)),
             Command::LoadAdapter(adapter, reply) => {
@@ -187,8 +189,9 @@ impl Engine {
         // Rows of one adapter side by side, so that each is one span. The order changes no row's result.
         slices.sort_by_key(|s| self.sequences[&s.id].adapter.as_ref().map_or(0, |key| key.serial()));
         // A panic is a bug, but one that must cost the requests of this step alone.
-        let result = catch_unwind(AssertUnwindSafe(|| self.run(&slices, begun)))
-            .unwrap_or_else(|_| Err(candle_core::Error::Msg("a step panicked; the log has the place".into())));
+        let result = catch_unwind(AssertUnwindSafe(|| self.run(&slices, begun))).unwrap_or_else(|_| {
+            Err(candle_core::Error::Msg("a step panicked; the log has the place".into()))
+        });
         let ended = match result {
             Ok(ended) => ended,
             Err(error) => {
@@ -201,7 +204,8 @@ impl Engine {
                 sequence.fail(error.clone());
             }
         }
-        let prompt_tokens: usize = slices.iter().filter(|s| s.count > 1 || s.start == 0).map(|s| s.count).sum();
+        let prompt_tokens: usize =
+            slices.iter().filter(|s| s.count > 1 || s.start == 0).map(|s| s.count).sum();
         self.publish(|stats, _| {
             stats.steps += 1;
             stats.prompt_tokens += prompt_tokens as u64;

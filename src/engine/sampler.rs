@@ -90,7 +90,8 @@ impl Sampler {
         kept.sort_unstable_by(|a, b| b.cmp(a));
         let mut weights: Vec<f64> = kept.iter().map(|c| weight(c.logit)).collect();
         if top_p < 1.0 {
-            let total: f64 = if keep_all { logits.iter().map(|&l| weight(l)).sum() } else { weights.iter().sum() };
+            let total: f64 =
+                if keep_all { logits.iter().map(|&l| weight(l)).sum() } else { weights.iter().sum() };
             let mut reached = 0.0;
             let enough = weights.iter().position(|w| {
                 reached += w;
@@ -217,7 +218,10 @@ mod tests {
         near(frequencies(&Sampling { top_k: 2, ..all.clone() }, &logits, 20_000), [0.667, 0.333, 0.0, 0.0]);
         near(frequencies(&Sampling { top_p: 0.7, ..all.clone() }, &logits, 20_000), [0.667, 0.333, 0.0, 0.0]);
         near(frequencies(&Sampling { min_p: 0.4, ..all.clone() }, &logits, 20_000), [0.667, 0.333, 0.0, 0.0]);
-        near(frequencies(&Sampling { temperature: 0.5, ..all }, &logits, 20_000), [0.727, 0.182, 0.0455, 0.0455]);
+        near(
+            frequencies(&Sampling { temperature: 0.5, ..all }, &logits, 20_000),
+            [0.727, 0.182, 0.0455, 0.0455],
+        );
     }
 
     #[test]

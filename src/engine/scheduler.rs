@@ -196,7 +196,11 @@ mod tests {
         s.submit(1, 20, 40);
         s.submit(2, 20, 40);
         s.submit(3, 1, 2);
-        assert_eq!(s.schedule().iter().map(|x| x.id).collect::<Vec<_>>(), vec![1], "2 waits, and 3 behind it");
+        assert_eq!(
+            s.schedule().iter().map(|x| x.id).collect::<Vec<_>>(),
+            vec![1],
+            "2 waits, and 3 behind it"
+        );
         assert_eq!(s.reserved_tokens(), 48);
         s.remove(1);
         assert_eq!(s.schedule().iter().map(|x| x.id).collect::<Vec<_>>(), vec![2, 3]);

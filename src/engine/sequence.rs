@@ -80,7 +80,10 @@ impl Sequence {
         Self { tokens: request.prompt, adapter: request.adapter, work: Work::Answer(Box::new(answer)) }
     }
 
-    pub(super) fn score(request: ScoreRequest, reply: oneshot::Sender<Result<Vec<f32>, EngineError>>) -> Self {
+    pub(super) fn score(
+        request: ScoreRequest,
+        reply: oneshot::Sender<Result<Vec<f32>, EngineError>>,
+    ) -> Self {
         let logprobs = Vec::with_capacity(request.tokens.len() - 1);
         Self { tokens: request.tokens, adapter: request.adapter, work: Work::Score { logprobs, reply } }
     }
@@ -134,7 +137,8 @@ impl Sequence {
                 if scores.len() + 1 < self.tokens.len() {
                     return Progress::Continues;
                 }
-                let (reply, scores) = (std::mem::replace(reply, oneshot::channel().0), std::mem::take(scores));
+                let (reply, scores) =
+                    (std::mem::replace(reply, oneshot::channel().0), std::mem::take(scores));
                 // An asker that has gone needs no answer.
                 let _ = reply.send(Ok(scores));
                 Progress::Ended

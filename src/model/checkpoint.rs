@@ -85,7 +85,9 @@ impl Checkpoint {
             StoredType::F32 => DType::F32,
             StoredType::F16 => DType::F16,
             StoredType::BF16 => DType::BF16,
-            other => bail!("{}: tensor {name} is {other:?}; f32, f16 and bf16 are supported", shard.path.display()),
+            other => {
+                bail!("{}: tensor {name} is {other:?}; f32, f16 and bf16 are supported", shard.path.display())
+            }
         };
         Ok(Stored { shape: info.shape.clone(), dtype })
     }
@@ -106,9 +108,15 @@ impl Checkpoint {
         }
         let info = shard.header.info(name).ok_or_else(|| self.missing(name))?;
         let (from, to) = (shard.data_start + info.data_offsets.0, shard.data_start + info.data_offsets.1);
-        let bytes = shard.map.get(from..to).ok_or_else(|| anyhow!("{}: {name} lies outside", shard.path.display()))?;
+        let bytes = shard
+            .map
+            .get(from..to)
+            .ok_or_else(|| anyhow!("{}: {name} lies outside", shard.path.display()))?;
         if !all_finite(bytes, stored.dtype) {
-            bail!("{}: tensor {name} holds NaN or infinite values; the file is damaged", shard.path.display());
+            bail!(
+                "{}: tensor {name} holds NaN or infinite values; the file is damaged",
+                shard.path.display()
+            );
         }
         let tensor = Tensor::from_raw_buffer(bytes, stored.dtype, shape, &Device::Cpu)?;
         shard.give_back(from, to - from);
@@ -178,7 +186,10 @@ fn shard_files(dir: &Path, index: &Path) -> Result<Vec<PathBuf>> {
             }
             let path = dir.join(file);
             if !path.is_file() {
-                bail!("{} names {file}, which is not in the folder; the download is incomplete", index.display());
+                bail!(
+                    "{} names {file}, which is not in the folder; the download is incomplete",
+                    index.display()
+                );
             }
             Ok(path)
         })

@@ -72,7 +72,9 @@ impl ModelConfig {
 
     /// The activation under the first of `names` that is there.
     pub fn activation(&self, names: &[&str]) -> Result<Activation> {
-        let name = self.first(names, |v| v.as_str().map(str::to_owned), "a string")?.ok_or_else(|| missing(names))?;
+        let name = self
+            .first(names, |v| v.as_str().map(str::to_owned), "a string")?
+            .ok_or_else(|| missing(names))?;
         match name.as_str() {
             "silu" | "swish" => Ok(Activation::Silu),
             "gelu_new" | "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
@@ -99,7 +101,9 @@ impl ModelConfig {
                     ),
                 })
                 .collect::<Result<_>>()?,
-            Some(_) => bail!("config.json: \"layer_types\" must list one type for each of the {layers} layers"),
+            Some(_) => {
+                bail!("config.json: \"layer_types\" must list one type for each of the {layers} layers")
+            }
         };
         sliding
             .into_iter()
@@ -154,12 +158,16 @@ impl ModelConfig {
 
 fn scaling(fields: &Map<String, Value>) -> Result<RopeScaling> {
     let number = |name: &str| {
-        fields.get(name).and_then(Value::as_f64).ok_or_else(|| wrong(&format!("rope_scaling.{name}"), "a number"))
+        fields
+            .get(name)
+            .and_then(Value::as_f64)
+            .ok_or_else(|| wrong(&format!("rope_scaling.{name}"), "a number"))
     };
     if fields.get("partial_rotary_factor").and_then(Value::as_f64).is_some_and(|f| f != 1.0) {
         bail!("config.json: partial_rotary_factor other than 1 is not supported");
     }
-    let kind = fields.get("rope_type").or_else(|| fields.get("type")).and_then(Value::as_str).unwrap_or("default");
+    let kind =
+        fields.get("rope_type").or_else(|| fields.get("type")).and_then(Value::as_str).unwrap_or("default");
     Ok(match kind {
         "default" => RopeScaling::None,
         "linear" => RopeScaling::Linear { factor: number("factor")? },
@@ -169,16 +177,20 @@ fn scaling(fields: &Map<String, Value>) -> Result<RopeScaling> {
             high_freq_factor: number("high_freq_factor")?,
             original_max_position_embeddings: number("original_max_position_embeddings")?,
         },
-        other => bail!(
-            "config.json: rope scaling {other:?} is not supported; supported: default, linear, llama3"
-        ),
+        other => {
+            bail!("config.json: rope scaling {other:?} is not supported; supported: default, linear, llama3")
+        }
     })
 }
 
 fn missing(names: &[&str]) -> anyhow::Error {
     match names {
         [name] => anyhow!("config.json: field \"{name}\" is missing"),
-        _ => anyhow!("config.json: field \"{}\" is missing (also accepted: {})", names[0], names[1..].join(", ")),
+        _ => anyhow!(
+            "config.json: field \"{}\" is missing (also accepted: {})",
+            names[0],
+            names[1..].join(", ")
+        ),
     }
 }
 

@@ -238,9 +238,7 @@ impl Decoder {
             None => (q, k),
         };
         let (q, k) = match self.spec.rope_of_layer[number] {
-            Some(table) => {
-                (self.ropes[table].apply(&q, positions)?, self.ropes[table].apply(&k, positions)?)
-            }
+            Some(table) => (self.ropes[table].apply(&q, positions)?, self.ropes[table].apply(&k, positions)?),
             None => (q, k),
         };
         cache.write(number, &k, &v, &batch.spans)?;
@@ -249,7 +247,8 @@ impl Decoder {
         let update = layer.attention_out.forward(&mixed, &batch.lora)?;
         let x = add_scaled(&x, &normed(&layer.after_attention, &update)?, self.spec.residual_scale)?;
 
-        let update = layer.mlp.forward(&normed(&layer.before_mlp, &x)?, self.spec.layer.activation, &batch.lora)?;
+        let update =
+            layer.mlp.forward(&normed(&layer.before_mlp, &x)?, self.spec.layer.activation, &batch.lora)?;
         add_scaled(&x, &normed(&layer.after_mlp, &update)?, self.spec.residual_scale)
     }
 
@@ -343,7 +342,9 @@ impl Reader<'_> {
                 self.site(&full(k), kv_out, hidden_size)?,
                 self.site(&full(v), kv_out, hidden_size)?,
             ]),
-            Qkv::Fused(name) => Projections::Fused(self.site(&full(name), q_out + 2 * kv_out, hidden_size)?),
+            Qkv::Fused(name) => {
+                Projections::Fused(self.site(&full(name), q_out + 2 * kv_out, hidden_size)?)
+            }
             Qkv::InterleavedByHead(name) => {
                 Projections::InterleavedByHead(self.site(&full(name), 3 * q_out, hidden_size)?)
             }
@@ -368,7 +369,16 @@ impl Reader<'_> {
                 down: self.site(&full(down), hidden_size, width)?,
             },
         };
-        Ok(Layer { before_attention, after_attention, before_mlp, after_mlp, qkv, qk_norm, attention_out, mlp })
+        Ok(Layer {
+            before_attention,
+            after_attention,
+            before_mlp,
+            after_mlp,
+            qkv,
+            qk_norm,
+            attention_out,
+            mlp,
+        })
     }
 
     /// A linear layer that adapters can change.
@@ -404,7 +414,9 @@ impl Reader<'_> {
         Ok(match self.spec.norm {
             NormKind::Rms => Norm::Rms { weight, eps },
             NormKind::RmsPlusOne => Norm::Rms { weight: (weight + 1.0)?, eps },
-            NormKind::Layer => Norm::Layer { weight, bias: self.vector(&format!("{name}.bias"), &[size])?, eps },
+            NormKind::Layer => {
+                Norm::Layer { weight, bias: self.vector(&format!("{name}.bias"), &[size])?, eps }
+            }
         })
     }
 

@@ -52,7 +52,9 @@ impl DeviceChoice {
         match self {
             Self::Cpu => Ok(Device::Cpu),
             Self::Cuda(_) if !cfg!(feature = "cuda") => {
-                bail!("--device cuda: this build has no CUDA; build with --features cuda, or choose --device cpu")
+                bail!(
+                    "--device cuda: this build has no CUDA; build with --features cuda, or choose --device cpu"
+                )
             }
             Self::Cuda(number) => cuda(number),
             Self::Auto if cfg!(feature = "cuda") => Ok(cuda(0).unwrap_or_else(|error| {
@@ -108,7 +110,12 @@ pub fn inspect(dir: &Path) -> Result<Folder> {
 ///
 /// # Errors
 /// As [`inspect`], and tensors that are missing, misshapen or not finite.
-pub fn load(dir: &Path, device: &Device, dtype: DtypeChoice, quantize: Quantization) -> Result<(Decoder, Vec<u32>)> {
+pub fn load(
+    dir: &Path,
+    device: &Device,
+    dtype: DtypeChoice,
+    quantize: Quantization,
+) -> Result<(Decoder, Vec<u32>)> {
     let folder = inspect(dir)?;
     let checkpoint = Checkpoint::open(dir)?;
     let weights = match dtype {
@@ -145,9 +152,12 @@ fn eos_token_ids(dir: &Path, config: &ModelConfig) -> Result<Vec<u32>> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Value::Null,
         Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
     };
-    let found = generation.get("eos_token_id").filter(|v| !v.is_null()).or_else(|| config.get("eos_token_id"));
+    let found =
+        generation.get("eos_token_id").filter(|v| !v.is_null()).or_else(|| config.get("eos_token_id"));
     let id = |v: &Value| {
-        v.as_u64().and_then(|n| u32::try_from(n).ok()).with_context(|| format!("eos_token_id {v} is no token"))
+        v.as_u64()
+            .and_then(|n| u32::try_from(n).ok())
+            .with_context(|| format!("eos_token_id {v} is no token"))
     };
     match found {
         None => Ok(Vec::new()),

@@ -26,7 +26,9 @@ fn families() -> Vec<PathBuf> {
 }
 
 fn decoder(dir: &Path, quantize: Quantization) -> Decoder {
-    load(dir, &Device::Cpu, DtypeChoice::F32, quantize).unwrap_or_else(|e| panic!("{}: {e:#}", dir.display())).0
+    load(dir, &Device::Cpu, DtypeChoice::F32, quantize)
+        .unwrap_or_else(|e| panic!("{}: {e:#}", dir.display()))
+        .0
 }
 
 fn tokens(n: usize, seed: usize) -> Vec<u32> {
@@ -83,11 +85,12 @@ fn new_cache(model: &Decoder) -> Result<KvCache> {
 
 #[test]
 fn the_bits_do_not_depend_on_chunks_or_company() -> Result<()> {
-    for (dir, quantize) in families()
-        .into_iter()
-        .map(|dir| (dir, Quantization::None))
-        .chain(families().into_iter().take(3).flat_map(|d| [(d.clone(), Quantization::Q8_0), (d, Quantization::Q4_0)]))
-    {
+    for (dir, quantize) in families().into_iter().map(|dir| (dir, Quantization::None)).chain(
+        families()
+            .into_iter()
+            .take(3)
+            .flat_map(|d| [(d.clone(), Quantization::Q8_0), (d, Quantization::Q4_0)]),
+    ) {
         let model = decoder(&dir, quantize);
         let adapters = [
             None,
@@ -137,7 +140,8 @@ fn composed_operations_agree_with_the_kernels() -> Result<()> {
             let mut sites = Vec::new();
             for (site, s) in model.sites().iter().enumerate() {
                 let wave = |rows: usize, columns: usize, step: f32| {
-                    let values: Vec<f32> = (0..rows * columns).map(|i| 0.2 * (i as f32 * step).sin()).collect();
+                    let values: Vec<f32> =
+                        (0..rows * columns).map(|i| 0.2 * (i as f32 * step).sin()).collect();
                     Tensor::from_vec(values, (rows, columns), &Device::Cpu)
                 };
                 sites.push(SiteWeights {
@@ -145,7 +149,10 @@ fn composed_operations_agree_with_the_kernels() -> Result<()> {
                     a: wave(3, s.in_features, 0.37)?,
                     b: wave(s.out_features, 3, 0.53)?,
                     scale: 0.5,
-                    magnitude: site.is_multiple_of(2).then(|| Tensor::ones(s.out_features, DType::F32, &Device::Cpu)).transpose()?,
+                    magnitude: site
+                        .is_multiple_of(2)
+                        .then(|| Tensor::ones(s.out_features, DType::F32, &Device::Cpu))
+                        .transpose()?,
                 });
             }
             let base = |site| model.site_weight(site);

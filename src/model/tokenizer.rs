@@ -72,11 +72,6 @@ impl TokenText {
             Self::Plain(text) | Self::Object { content: text } => text,
         }
     }
-
-    /// To come.
-    pub fn vocab_size(&self) -> usize {
-        0
-    }
 }
 
 /// A chat template as `tokenizer_config.json` holds it: one, or a list of named ones.

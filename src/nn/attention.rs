@@ -51,7 +51,16 @@ pub fn attend(
         Layer::Composed { keys, values } => {
             let parts = spans
                 .iter()
-                .map(|span| composed(&q.narrow(0, span.rows.start, span.rows.len())?, keys, values, span, spec, window))
+                .map(|span| {
+                    composed(
+                        &q.narrow(0, span.rows.start, span.rows.len())?,
+                        keys,
+                        values,
+                        span,
+                        spec,
+                        window,
+                    )
+                })
                 .collect::<Result<Vec<_>>>()?;
             Tensor::cat(&parts, 0)
         }
@@ -87,7 +96,11 @@ fn composed(
             let position = span.start + row;
             let oldest = window.map_or(0, |w| (position + 1).saturating_sub(w));
             bias.extend((0..length).map(|j| {
-                if j < oldest || j > position { f32::NEG_INFINITY } else { slope * (j as f32 - position as f32) }
+                if j < oldest || j > position {
+                    f32::NEG_INFINITY
+                } else {
+                    slope * (j as f32 - position as f32)
+                }
             }));
         }
     }

@@ -62,7 +62,8 @@ impl KvCache {
                 let elements = pages * PAGE_TOKENS * shape.kv_heads * shape.head_dim;
                 return Ok(Layer::Kernel { keys: vec![0f32; elements], values: vec![0f32; elements] });
             }
-            let zeros = || Tensor::zeros((pages * PAGE_TOKENS, shape.kv_heads, shape.head_dim), dtype, device);
+            let zeros =
+                || Tensor::zeros((pages * PAGE_TOKENS, shape.kv_heads, shape.head_dim), dtype, device);
             Ok(Layer::Composed { keys: zeros()?, values: zeros()? })
         };
         let layers = (0..shape.layers).map(|_| layer()).collect::<Result<_>>()?;
@@ -83,7 +84,13 @@ impl KvCache {
     }
 
     /// Stores the rows' keys and values, both `[rows, kv_heads, head_dim]`, at their positions.
-    pub fn write(&mut self, layer: usize, keys: &Tensor, values: &Tensor, spans: &[SequenceSpan]) -> Result<()> {
+    pub fn write(
+        &mut self,
+        layer: usize,
+        keys: &Tensor,
+        values: &Tensor,
+        spans: &[SequenceSpan],
+    ) -> Result<()> {
         let KvShape { kv_heads, head_dim, .. } = self.shape;
         match &mut self.layers[layer] {
             Layer::Kernel { keys: key_pages, values: value_pages } => {

@@ -78,11 +78,20 @@ impl Adapter {
         let mut bound: Vec<Option<SiteAdapter>> = sites.iter().map(|_| None).collect();
         for part in &weights.sites {
             let Some(site) = sites.get(part.site) else {
-                candle_core::bail!("the model has {} sites, the adapter names number {}", sites.len(), part.site);
+                candle_core::bail!(
+                    "the model has {} sites, the adapter names number {}",
+                    sites.len(),
+                    part.site
+                );
             };
             let rank = part.a.dim(0)?;
             if part.a.dims() != [rank, site.in_features] || part.b.dims() != [site.out_features, rank] {
-                candle_core::bail!("{}: A {:?} and B {:?} do not fit", site.name, part.a.dims(), part.b.dims());
+                candle_core::bail!(
+                    "{}: A {:?} and B {:?} do not fit",
+                    site.name,
+                    part.a.dims(),
+                    part.b.dims()
+                );
             }
             let on_device = |t: &Tensor| t.to_dtype(DType::F32)?.to_device(device);
             let a = on_device(&part.a)?.contiguous()?;
@@ -118,7 +127,9 @@ impl LoraBatch {
     /// Adds rows that follow all those added before; rows of one adapter that follow each other become one span.
     pub fn push(&mut self, rows: Range<usize>, adapter: Arc<Adapter>) {
         match self.spans.last_mut() {
-            Some((last, same)) if last.end == rows.start && Arc::ptr_eq(same, &adapter) => last.end = rows.end,
+            Some((last, same)) if last.end == rows.start && Arc::ptr_eq(same, &adapter) => {
+                last.end = rows.end
+            }
             _ => self.spans.push((rows, adapter)),
         }
     }

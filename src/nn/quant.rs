@@ -141,7 +141,8 @@ impl Weight {
         match &self.held {
             Held::Dense(t) => x.matmul(&t.to_dtype(x.dtype())?.t()?),
             Held::Blocks(q) => {
-                let product = QMatMul::from_arc(q.clone())?.forward(&x.to_dtype(DType::F32)?.contiguous()?)?;
+                let product =
+                    QMatMul::from_arc(q.clone())?.forward(&x.to_dtype(DType::F32)?.contiguous()?)?;
                 product.to_dtype(x.dtype())
             }
         }
@@ -164,7 +165,8 @@ impl Weight {
         match &self.held {
             Held::Dense(t) => {
                 let (storage, layout) = t.storage_and_layout();
-                let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
+                let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets())
+                else {
                     candle_core::bail!("expected a contiguous weight on the CPU");
                 };
                 f(match storage {
@@ -198,9 +200,13 @@ mod tests {
         let extent = |block: &[f32]| block.iter().fold(0f32, |m, w| m.max(w.abs()));
         match format {
             // Steps of max / 127.
-            GgmlDType::Q8_0 => row.chunks(32).flat_map(|b| vec![extent(b) * (0.5 / 127.0 + 1.0 / 2048.0); 32]).collect(),
+            GgmlDType::Q8_0 => {
+                row.chunks(32).flat_map(|b| vec![extent(b) * (0.5 / 127.0 + 1.0 / 2048.0); 32]).collect()
+            }
             // Steps of max / 8 with one side a step short: the far end may be a whole step away.
-            GgmlDType::Q4_0 => row.chunks(32).flat_map(|b| vec![extent(b) * (1.0 / 8.0 + 1.0 / 2048.0); 32]).collect(),
+            GgmlDType::Q4_0 => {
+                row.chunks(32).flat_map(|b| vec![extent(b) * (1.0 / 8.0 + 1.0 / 2048.0); 32]).collect()
+            }
             // Sub-blocks of 32 with steps of (max - min) / 15; scale and minimum are themselves rounded to 6 bits
             // of the largest of their eight, which adds up to one more part in 126 of that largest.
             _ => row

@@ -43,8 +43,9 @@ impl Rope {
         device: &Device,
     ) -> Result<Self> {
         let half = head_dim / 2;
-        let frequencies: Vec<f32> =
-            (0..half).map(|i| scaled(theta.powf(-2.0 * i as f64 / head_dim as f64), scaling) as f32).collect();
+        let frequencies: Vec<f32> = (0..half)
+            .map(|i| scaled(theta.powf(-2.0 * i as f64 / head_dim as f64), scaling) as f32)
+            .collect();
         // Angles in f32, as transformers computes them: at position 100,000 the rounding of the product shows.
         let angle = |at: usize| (at / half) as f32 * frequencies[at % half];
         let table = |f: fn(f32) -> f32| {
@@ -64,7 +65,12 @@ fn scaled(frequency: f64, scaling: &RopeScaling) -> f64 {
     match *scaling {
         RopeScaling::None => frequency,
         RopeScaling::Linear { factor } => frequency / factor,
-        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+        RopeScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original_max_position_embeddings,
+        } => {
             let wavelength = 2.0 * std::f64::consts::PI / frequency;
             let turns = original_max_position_embeddings / wavelength;
             let share = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);

@@ -13,7 +13,8 @@ pub(super) fn spec(config: &ModelConfig) -> Result<Spec> {
     config.refuse("final_logit_softcapping", &Value::Null)?;
     config.refuse("use_bidirectional_attention", &Value::Bool(false))?;
     let mut spec = base(config, "gemma3_text", TieDefault::Tied)?;
-    let pattern = config.optional_size(&["sliding_window_pattern", "_sliding_window_pattern"])?.unwrap_or(6).max(1);
+    let pattern =
+        config.optional_size(&["sliding_window_pattern", "_sliding_window_pattern"])?.unwrap_or(6).max(1);
     spec.windows = config.windows(spec.layers, |layer| !(layer + 1).is_multiple_of(pattern))?;
     let full = config.rope("full_attention", "rope_theta", 1_000_000.0)?;
     let mut sliding = config.rope("sliding_attention", "rope_local_base_freq", 10_000.0)?;

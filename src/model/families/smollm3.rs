@@ -16,7 +16,9 @@ pub(super) fn spec(config: &ModelConfig) -> Result<Spec> {
         Some(Value::Array(list)) if list.len() == spec.layers => {
             list.iter().map(|has| (has.as_u64() == Some(1)).then_some(0)).collect()
         }
-        Some(_) => bail!("config.json: \"no_rope_layers\" must list 0 or 1 for each of the {} layers", spec.layers),
+        Some(_) => {
+            bail!("config.json: \"no_rope_layers\" must list 0 or 1 for each of the {} layers", spec.layers)
+        }
         None => {
             let interval = config.optional_size(&["no_rope_layer_interval"])?.unwrap_or(4).max(1);
             (0..spec.layers).map(|layer| (!(layer + 1).is_multiple_of(interval)).then_some(0)).collect()

@@ -144,7 +144,8 @@ mod x86 {
             }
             if whole < k {
                 let mask = (1u16 << (k - whole)) - 1;
-                let ws: [__m512; N] = std::array::from_fn(|j| _mm512_maskz_loadu_ps(mask, w.add(j * k + whole)));
+                let ws: [__m512; N] =
+                    std::array::from_fn(|j| _mm512_maskz_loadu_ps(mask, w.add(j * k + whole)));
                 for i in 0..M {
                     let xi = _mm512_maskz_loadu_ps(mask, x.add(i * k + whole));
                     for j in 0..N {
@@ -173,8 +174,7 @@ mod x86 {
         // Quarters: 0x44 takes 0, 1 of each; 0xEE takes 2, 3; 0x88 takes 0, 2; 0xDD takes 1, 3.
         let ab = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xEE>(a, b));
         let cd = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xEE>(c, d));
-        let quads =
-            _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xDD>(ab, cd));
+        let quads = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xDD>(ab, cd));
         let pairs = _mm512_add_ps(quads, _mm512_permute_ps::<0b01_00_11_10>(quads));
         let ones = _mm512_add_ps(pairs, _mm512_permute_ps::<0b10_11_00_01>(pairs));
         let pick = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
@@ -272,7 +272,9 @@ mod tests {
 
     #[test]
     fn every_instruction_set_gives_the_same_bits_and_they_are_right() {
-        for (m, n, k) in [(1, 1, 1), (1, 4, 16), (3, 5, 24), (4, 8, 48), (7, 13, 100), (9, 6, 577), (2, 3, 15)] {
+        for (m, n, k) in
+            [(1, 1, 1), (1, 4, 16), (3, 5, 24), (4, 8, 48), (7, 13, 100), (9, 6, 577), (2, 3, 15)]
+        {
             let (x, w) = (noise(m * k, 1), noise(n * k, 2));
             let reference = run(portable, m, n, k, &x, &w);
             for i in 0..m {

@@ -92,11 +92,15 @@ impl Product<'_> {
     fn project(&self) -> Vec<Vec<f32>> {
         let of = |term: &LowRank| {
             let (rows, rank) = (term.rows.len(), term.a.len() / self.k);
-            assert!(term.rows.end <= self.m && term.b.len() == rank * self.n, "an adapter's shapes fit the layer");
+            assert!(
+                term.rows.end <= self.m && term.b.len() == rank * self.n,
+                "an adapter's shapes fit the layer"
+            );
             let mut projected = vec![0f32; rows * rank];
             let out = Shared::new(&mut projected);
             parallel(rows, rows * rank * self.k, |part| {
-                let x = &self.x[(term.rows.start + part.start) * self.k..(term.rows.start + part.end) * self.k];
+                let x =
+                    &self.x[(term.rows.start + part.start) * self.k..(term.rows.start + part.end) * self.k];
                 // SAFETY: `part` rows of x, `rank` rows of a, and this thread's rows of the output.
                 unsafe {
                     let y = out.part(part.start * rank..part.end * rank).as_mut_ptr();
