@@ -281,7 +281,7 @@ impl Hub {
         }
         let meta = self.client.metadata(&id.repo, commit, name).await?;
         cache.prepare().map_err(|e| FetchError::local(&cache.folder, e))?;
-        let _lock = cache.lock(&meta.etag).await;
+        let lock = cache.lock(&meta.etag).await;
         let blob = cache.blob(&meta.etag);
         // Another process may have brought it while this one waited for the lock.
         if std::fs::metadata(&blob).map(|m| m.len()).ok() != Some(meta.size) {
@@ -290,9 +290,16 @@ impl Hub {
                 Progress::Bar => progress_bar(name, meta.size),
                 Progress::Log => indicatif::ProgressBar::hidden(),
             };
-            let partial = cache.partial(&meta.etag);
+            let partial = match &lock {
+                Some(_) => cache.partial(&meta.etag),
+                None => cache.unshared_partial(&meta.etag),
+            };
             let fetched = self.client.download(&id.repo, commit, name, &meta, &partial, &bar).await;
             bar.finish_and_clear();
+            if fetched.is_err() && lock.is_none() {
+                // No later attempt would find it. That it may not be there to remove is fine.
+                let _ = std::fs::remove_file(&partial);
+            }
             fetched?;
             cache::publish(&partial, &blob).map_err(|e| FetchError::local(&blob, e))?;
         }

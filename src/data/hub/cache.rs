@@ -73,10 +73,14 @@ impl RepoCache {
         self.folder.join("blobs").join(etag)
     }
 
-    /// A download that is not through. The name is that of `huggingface_hub`, so that each goes on with what the
-    /// other left.
+    /// A download that is not through, under a name that the next attempt finds. For the holder of the lock.
     pub(super) fn partial(&self, etag: &str) -> PathBuf {
         self.folder.join("blobs").join(format!("{etag}.incomplete"))
+    }
+
+    /// The same under a name of its own, where there is no lock to keep others from writing to it.
+    pub(super) fn unshared_partial(&self, etag: &str) -> PathBuf {
+        self.folder.join("blobs").join(format!("{etag}.{}.incomplete", uuid::Uuid::new_v4().simple()))
     }
 
     /// The snapshot of a revision, when all that a model needs is there.
@@ -116,9 +120,8 @@ impl RepoCache {
         fs::create_dir_all(self.folder.join("blobs"))
     }
 
-    /// Holds other processes off one blob, `huggingface_hub`'s included, until the answer is dropped. Where the
-    /// file system has no locks, nothing is held: two downloads then at worst do the work twice, because content
-    /// is checked before it gets its name.
+    /// Holds other processes off one blob, `huggingface_hub`'s included, until the answer is dropped. `None`
+    /// where the file system has no locks.
     pub(super) async fn lock(&self, etag: &str) -> Option<File> {
         let path = self.locks.join(format!("{etag}.lock"));
         let lock = move || {

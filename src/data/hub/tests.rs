@@ -58,6 +58,8 @@ async fn a_model_is_downloaded_into_the_layout_of_huggingface_hub() {
             Path::new("../../blobs").join(fake.blob(name).file_name().unwrap())
         );
     }
+    let heads = fake.asked().iter().filter(|a| a.method == "HEAD").count();
+    assert_eq!(heads, MODEL.len(), "each file's hash is asked for once");
     let left: Vec<_> = fs::read_dir(repo.join("blobs"))
         .unwrap()
         .map(|e| e.unwrap().path())
@@ -336,6 +338,26 @@ async fn two_at_once_download_once() {
     fake.assert_complete(&a.unwrap(), &MODEL);
     fake.assert_complete(&b.unwrap(), &MODEL);
     assert_eq!(fake.asked().iter().filter(|a| a.cdn).count(), 1);
+}
+
+#[tokio::test]
+async fn without_locks_downloads_go_to_files_of_their_own() {
+    let fake = Fake::start().await;
+    fs::create_dir_all(fake.cache.path().join("hub")).unwrap();
+    fs::write(fake.cache.path().join("hub/.locks"), "a file where the folder of locks should be").unwrap();
+    fake.fault(WEIGHTS, Fault::Corrupt);
+    error(&fake).await;
+    fake.script.lock().unwrap().faults.clear();
+    // What somebody else is writing is left alone.
+    fs::write(fake.partial(WEIGHTS), "somebody else's").unwrap();
+    let (a, b) = tokio::join!(get(&fake), get(&fake));
+    fake.assert_complete(&a.unwrap(), &MODEL);
+    fake.assert_complete(&b.unwrap(), &MODEL);
+    assert_eq!(fs::read(fake.partial(WEIGHTS)).unwrap(), b"somebody else's");
+    let partial = |name: &fs::DirEntry| name.path().extension().is_some_and(|e| e == "incomplete");
+    let left =
+        fs::read_dir(fake.blob(WEIGHTS).parent().unwrap()).unwrap().map(Result::unwrap).filter(partial);
+    assert_eq!(left.count(), 1);
 }
 
 #[cfg(target_os = "linux")]

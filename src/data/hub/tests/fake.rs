@@ -235,6 +235,23 @@ async fn answer(State(server): State<Server>, request: Request) -> Response {
         }))
         .into_response();
     }
+    // The Python package, since version 2, asks for sizes and hashes of all files at once.
+    if path == format!("/api/models/org/name/tree/{COMMIT}") {
+        let entries: Vec<_> = script
+            .files
+            .iter()
+            .map(|(name, bytes)| {
+                let (size, hash) = (bytes.len(), etag(name, bytes));
+                if is_large(name) {
+                    let lfs = serde_json::json!({ "oid": hash, "size": size, "pointerSize": 130 });
+                    serde_json::json!({ "type": "file", "path": name, "size": size, "oid": COMMIT, "lfs": lfs })
+                } else {
+                    serde_json::json!({ "type": "file", "path": name, "size": size, "oid": hash })
+                }
+            })
+            .collect();
+        return axum::Json(entries).into_response();
+    }
     // The Python package may ask by the branch's name; this client always asks by the commit.
     let file =
         ["main", COMMIT].into_iter().find_map(|r| path.strip_prefix(&format!("/org/name/resolve/{r}/")));
