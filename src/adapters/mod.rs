@@ -16,10 +16,12 @@ mod peft;
 mod registry;
 
 use std::io;
+use std::path::Path;
 
 use serde::Serialize;
 
 use crate::engine::EngineError;
+use crate::nn::lora::{LoraWeights, Site};
 
 pub use registry::Registry;
 
@@ -75,6 +77,15 @@ impl AdapterError {
     fn invalid(name: &str, reason: impl Into<String>) -> Self {
         Self::Invalid { name: name.to_owned(), reason: reason.into() }
     }
+}
+
+/// Reads the adapter `name` in the folder `root` for a model with these sites, without an engine.
+///
+/// # Errors
+/// Every [`AdapterError`] but that of the engine.
+pub fn read(root: &Path, name: &str, sites: &[Site]) -> Result<LoraWeights, AdapterError> {
+    let (_, loaded) = files::locate(root, name)?.load(name, sites)?;
+    Ok(loaded.weights)
 }
 
 /// What is known of an adapter without running it.
