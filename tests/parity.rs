@@ -1,6 +1,8 @@
 //! Numbers against references that this project did not write: transformers and PEFT, on every family found under
 //! `$GURUKUL_PARITY_DIR` (default: the copy in `tests/fixtures/parity`).
 
+#![expect(clippy::print_stdout, reason = "a skipped test says so, and figures are shown with --nocapture")]
+
 #[path = "support/parity.rs"]
 mod parity;
 
@@ -27,8 +29,8 @@ fn decoder(dir: &Path) -> Decoder {
 fn all_logits(model: &Decoder, rows: &[Vec<u32>], adapter: Option<Arc<Adapter>>) -> Tensor {
     let length = rows[0].len();
     let pages = length.div_ceil(PAGE_TOKENS);
-    let mut cache =
-        KvCache::new(model.kv_shape(), rows.len() * pages, model.activations(), model.device()).expect("a cache");
+    let mut cache = KvCache::new(model.kv_shape(), rows.len() * pages, model.activations(), model.device())
+        .expect("a cache");
     let spans = (0..rows.len())
         .map(|i| SequenceSpan {
             rows: i * length..(i + 1) * length,
@@ -182,7 +184,8 @@ async fn parity_of_a_seeded_answer_alone_and_in_company() {
 
 /// The folder with real checkpoints and text, or `None` with a message.
 fn real(path: &str) -> Option<PathBuf> {
-    let found = std::env::var_os("GURUKUL_REAL_DIR").map(|dir| Path::new(&dir).join(path)).filter(|p| p.exists());
+    let found =
+        std::env::var_os("GURUKUL_REAL_DIR").map(|dir| Path::new(&dir).join(path)).filter(|p| p.exists());
     if found.is_none() {
         println!("skipped: set GURUKUL_REAL_DIR to a folder that has {path}");
     }

@@ -53,6 +53,7 @@ unsafe fn portable(m: usize, n: usize, k: usize, x: *const f32, w: *const f32, y
 
 #[cfg(target_arch = "x86_64")]
 #[expect(unsafe_code, reason = "SIMD intrinsics over raw rows; the bounds are the promise of `dots`")]
+#[expect(clippy::needless_range_loop, reason = "the indices name registers of a tile")]
 mod x86 {
     //! The same tile in AVX-512 and in AVX2 (two registers make the 16 lanes).
 

@@ -39,6 +39,7 @@ pub(crate) unsafe fn packed_dots(
 
 #[cfg(target_arch = "x86_64")]
 #[expect(unsafe_code, reason = "SIMD intrinsics over raw rows; the bounds are the promise of `packed_dots`")]
+#[expect(clippy::needless_range_loop, reason = "the indices name registers of a tile")]
 mod x86 {
     //! One way to load 32 weights for each format, and the tile over it.
 
@@ -209,7 +210,8 @@ mod x86 {
                 let (d, min, bytes, high) = q4_k_part(row, p);
                 [0, 16].map(|at| {
                     let q = nibbles(_mm_loadu_si128(bytes.add(at).cast()))[usize::from(high)];
-                    let scaled = _mm512_mul_ps(_mm512_set1_ps(d), _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(q)));
+                    let scaled =
+                        _mm512_mul_ps(_mm512_set1_ps(d), _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(q)));
                     _mm512_sub_ps(scaled, _mm512_set1_ps(min))
                 })
             }
@@ -434,7 +436,8 @@ mod tests {
     use super::super::dot::dots;
     use super::*;
 
-    type Kernel = unsafe fn(Rows<'_>, std::ops::Range<usize>, (usize, usize), *const f32, *mut f32, usize) -> bool;
+    type Kernel =
+        unsafe fn(Rows<'_>, std::ops::Range<usize>, (usize, usize), *const f32, *mut f32, usize) -> bool;
 
     fn kernels() -> Vec<Kernel> {
         let mut all: Vec<Kernel> = Vec::new();
@@ -460,7 +463,8 @@ mod tests {
         let blocks = [GgmlDType::Q8_0, GgmlDType::Q4_0, GgmlDType::Q4K]
             .map(|format| QTensor::quantize(&dense, format).map(|q| (q, format)));
         let blocks = blocks.into_iter().collect::<candle_core::Result<Vec<_>>>()?;
-        let bytes = blocks.iter().map(|(q, f)| Ok((q.data()?, *f))).collect::<candle_core::Result<Vec<_>>>()?;
+        let bytes =
+            blocks.iter().map(|(q, f)| Ok((q.data()?, *f))).collect::<candle_core::Result<Vec<_>>>()?;
         let mut all = vec![Rows::F16(&halves), Rows::Bf16(&brains)];
         all.extend(bytes.iter().map(|(bytes, format)| Rows::Blocks { bytes, format: *format }));
         for weight in all {
