@@ -5,10 +5,29 @@ use candle_core::Device;
 
 use super::EngineConfig;
 use crate::model::decoder::Decoder;
+use crate::model::load::Folder;
 use crate::nn::kv_cache::PAGE_TOKENS;
 
 /// Context that the default cache keeps for every slot, where the model has that much.
 const DEFAULT_TOKENS_PER_SLOT: usize = 2048;
+
+/// Compares the bytes that the weights will take with what is free, before the first is read.
+///
+/// # Errors
+/// Weights that do not fit, with the figures.
+pub(super) fn check_weights(folder: &Folder, config: &EngineConfig, device: &Device) -> Result<()> {
+    let Some(free) = free_bytes(device) else { return Ok(()) };
+    let needed = folder.held_bytes(config.dtype, config.quantize, device);
+    if needed > free {
+        bail!(
+            "the weights need {} MiB and {} MiB are free; choose a smaller --dtype, --quantize q8_0 or q4_0, or a \
+             smaller model",
+            needed >> 20,
+            free >> 20
+        );
+    }
+    Ok(())
+}
 
 /// Pages of the KV cache.
 ///
@@ -34,7 +53,7 @@ pub(super) fn plan_pages(config: &EngineConfig, model: &Decoder) -> Result<usize
         }
         None => {
             let tokens = config.max_batch * context.min(DEFAULT_TOKENS_PER_SLOT);
-            let wanted = tokens.max(context).div_ceil(PAGE_TOKENS) as u64;
+            let wanted = tokens.div_ceil(PAGE_TOKENS) as u64;
             free.map_or(wanted, |free| wanted.min(free / 3 / page_bytes))
         }
     };

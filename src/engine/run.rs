@@ -11,12 +11,12 @@ use anyhow::{Context, Result};
 
 use super::adapters::Adapters;
 use super::command::Command;
-use super::memory::plan_pages;
+use super::memory::{check_weights, plan_pages};
 use super::scheduler::{Limits, Scheduler, SequenceId, Slice};
 use super::sequence::{Progress, Sequence};
 use super::{EngineConfig, EngineError, EngineStats, ModelInfo};
 use crate::model::decoder::{Batch, Decoder};
-use crate::model::load::{device_name, load};
+use crate::model::load::{device_name, inspect, load};
 use crate::model::tokenizer::Tokenizer;
 use crate::nn::kv_cache::{KvCache, PAGE_TOKENS, SequenceSpan};
 use crate::nn::lora::{Adapter, LoraBatch};
@@ -81,8 +81,11 @@ impl Engine {
         stats: Arc<Mutex<EngineStats>>,
     ) -> Result<(Self, ModelInfo)> {
         let device = config.device.open()?;
-        let (model, eos_token_ids) = load(&config.model_dir, &device, config.dtype, config.quantize)
-            .with_context(|| format!("cannot load the model in {}", config.model_dir.display()))?;
+        let cannot_load = || format!("cannot load the model in {}", config.model_dir.display());
+        let folder = inspect(&config.model_dir).with_context(cannot_load)?;
+        check_weights(&folder, config, &device)?;
+        let (model, eos_token_ids) =
+            load(&config.model_dir, &device, config.dtype, config.quantize).with_context(cannot_load)?;
         let spec = model.spec();
         anyhow::ensure!(
             tokenizer.vocab_size() <= spec.vocab_size,

@@ -174,7 +174,7 @@ impl Decoder {
         KvShape { layers: self.spec.layers, kv_heads: self.spec.kv_heads, head_dim: self.spec.head_dim }
     }
 
-    /// Bytes of all weights as they are held.
+    /// Bytes of embeddings and linear layers as they are held; norms are a rounding error beside them.
     pub fn weight_bytes(&self) -> u64 {
         let head = if self.spec.names.head.is_some() { self.head.bytes() } else { 0 };
         let linears: u64 = self.layers.iter().flat_map(Layer::linears).map(Linear::bytes).sum();

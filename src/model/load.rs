@@ -10,7 +10,7 @@ use super::checkpoint::Checkpoint;
 use super::config::ModelConfig;
 use super::decoder::{Decoder, Holding};
 use super::{families, spec::Spec};
-use crate::nn::quant::Quantization;
+use crate::nn::quant::{Quantization, Role};
 
 /// Where to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -87,6 +87,33 @@ pub struct Folder {
     pub parameters: u64,
 }
 
+impl Folder {
+    /// Bytes of the weights as they will be held: rows of blocks where they are quantized, else the dense type.
+    pub fn held_bytes(&self, dtype: DtypeChoice, quantize: Quantization, device: &Device) -> u64 {
+        let bytes = |parameters: u64, role: Role| match quantize.format(role, self.spec.hidden_size) {
+            Some(format) => parameters * format.type_size() as u64 / format.block_size() as u64,
+            None => parameters * dtype.on(device, self.stored).size_in_bytes() as u64,
+        };
+        let tables = 1 + u64::from(self.spec.names.head.is_some());
+        let vocabulary = tables * (self.spec.vocab_size * self.spec.hidden_size) as u64;
+        bytes(vocabulary, Role::Vocabulary) + bytes(self.parameters.saturating_sub(vocabulary), Role::Layer)
+    }
+}
+
+impl DtypeChoice {
+    /// The type of dense weights that are `stored` on disk.
+    fn on(self, device: &Device, stored: DType) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+            Self::Bf16 => DType::BF16,
+            Self::Auto if device.is_cpu() => stored,
+            Self::Auto if has_bf16(device) => DType::BF16,
+            Self::Auto => DType::F16,
+        }
+    }
+}
+
 /// Reads a folder's configuration and the headers of its weights.
 ///
 /// # Errors
@@ -106,7 +133,7 @@ pub fn inspect(dir: &Path) -> Result<Folder> {
     Ok(Folder { spec, eos_token_ids, stored, parameters })
 }
 
-/// Loads a model. `max_positions` bounds the context below what the model was made for.
+/// Loads a model; with it come the tokens that end an answer.
 ///
 /// # Errors
 /// As [`inspect`], and tensors that are missing, misshapen or not finite.
@@ -118,14 +145,7 @@ pub fn load(
 ) -> Result<(Decoder, Vec<u32>)> {
     let folder = inspect(dir)?;
     let checkpoint = Checkpoint::open(dir)?;
-    let weights = match dtype {
-        DtypeChoice::F32 => DType::F32,
-        DtypeChoice::F16 => DType::F16,
-        DtypeChoice::Bf16 => DType::BF16,
-        DtypeChoice::Auto if device.is_cpu() => folder.stored,
-        DtypeChoice::Auto if has_bf16(device) => DType::BF16,
-        DtypeChoice::Auto => DType::F16,
-    };
+    let weights = dtype.on(device, folder.stored);
     let activations = if device.is_cpu() { DType::F32 } else { weights };
     let positions = folder.spec.max_positions;
     let holding = Holding { weights, activations, quantize };

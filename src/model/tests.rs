@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::decoder::{Batch, Decoder};
-use super::load::{DtypeChoice, load};
+use super::load::{DtypeChoice, inspect, load};
 use crate::nn::kv_cache::{KvCache, PAGE_TOKENS, SequenceSpan};
 use crate::nn::lora::{Adapter, LoraBatch, LoraWeights, SiteWeights};
 use crate::nn::ops::composed;
@@ -170,4 +170,18 @@ fn composed_operations_agree_with_the_kernels() -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[test]
+fn what_a_model_will_take_is_known_before_it_is_read() {
+    for dir in families() {
+        let foreseen =
+            inspect(&dir).expect("a folder").held_bytes(DtypeChoice::F32, Quantization::None, &Device::Cpu);
+        let taken = decoder(&dir, Quantization::None).weight_bytes();
+        assert!(
+            taken <= foreseen && foreseen < taken + taken / 20,
+            "{}: {taken} of {foreseen}",
+            dir.display()
+        );
+    }
 }
