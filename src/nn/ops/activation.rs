@@ -88,7 +88,8 @@ multiversion! {
 }
 
 multiversion! {
-    fn multiply(y: &mut [f32], by: &[f32]) {
+    /// y *= by, elementwise.
+    pub(super) fn multiply(y: &mut [f32], by: &[f32]) {
         for (y, &b) in y.iter_mut().zip(by) {
             *y *= b;
         }

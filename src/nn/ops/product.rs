@@ -6,6 +6,7 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
+use super::activation::multiply;
 use super::dot::{TILE_N, dots};
 use super::dot_packed::packed_dots;
 use super::unpack::Rows;
@@ -141,14 +142,6 @@ multiversion! {
             for (y, &b) in y.iter_mut().zip(row) {
                 *y = p.mul_add(b, *y);
             }
-        }
-    }
-}
-
-multiversion! {
-    fn multiply(y: &mut [f32], scale: &[f32]) {
-        for (y, &s) in y.iter_mut().zip(scale) {
-            *y *= s;
         }
     }
 }
