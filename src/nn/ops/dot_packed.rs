@@ -70,6 +70,20 @@ mod x86 {
         };
     }
 
+    /// The f16 scale at the head of a block, in every lane.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    fn scale_512(block: &[u8]) -> __m512 {
+        _mm512_cvtph_ps(_mm256_set1_epi16(i16::from_le_bytes([block[0], block[1]])))
+    }
+
+    /// As [`scale_512`].
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn scale_256(block: &[u8]) -> __m256 {
+        _mm256_cvtph_ps(_mm_set1_epi16(i16::from_le_bytes([block[0], block[1]])))
+    }
+
     /// Nibbles to i8: the low ones of 16 bytes, then the high ones.
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -130,7 +144,7 @@ mod x86 {
             // SAFETY: one block of the row.
             unsafe {
                 let block = block!(row, p / 32 * 34, 34);
-                let d = _mm512_set1_ps(f16_at(block, 0));
+                let d = scale_512(block);
                 [2, 18].map(|at| {
                     let q = _mm_loadu_si128(block.as_ptr().add(at).cast());
                     _mm512_mul_ps(d, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)))
@@ -143,7 +157,7 @@ mod x86 {
             // SAFETY: one block of the row.
             unsafe {
                 let block = block!(row, p / 32 * 34, 34);
-                let d = _mm256_set1_ps(f16_at(block, 0));
+                let d = scale_256(block);
                 [2, 10, 18, 26].map(|at| {
                     let q = _mm_loadl_epi64(block.as_ptr().add(at).cast());
                     _mm256_mul_ps(d, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)))
@@ -162,7 +176,7 @@ mod x86 {
             // SAFETY: one block of the row.
             unsafe {
                 let block = block!(row, p / 32 * 18, 18);
-                let d = _mm512_set1_ps(f16_at(block, 0));
+                let d = scale_512(block);
                 nibbles(_mm_loadu_si128(block.as_ptr().add(2).cast())).map(|q| {
                     let q = _mm512_sub_epi32(_mm512_cvtepu8_epi32(q), _mm512_set1_epi32(8));
                     _mm512_mul_ps(d, _mm512_cvtepi32_ps(q))
@@ -175,7 +189,7 @@ mod x86 {
             // SAFETY: one block of the row.
             unsafe {
                 let block = block!(row, p / 32 * 18, 18);
-                let d = _mm256_set1_ps(f16_at(block, 0));
+                let d = scale_256(block);
                 let [low, high] = nibbles(_mm_loadu_si128(block.as_ptr().add(2).cast()));
                 [low, _mm_srli_si128::<8>(low), high, _mm_srli_si128::<8>(high)].map(|q| {
                     let q = _mm256_sub_epi32(_mm256_cvtepu8_epi32(q), _mm256_set1_epi32(8));
