@@ -116,6 +116,14 @@ impl<T> Shared<T> {
         Self(slice.as_mut_ptr(), slice.len())
     }
 
+    /// Where element `at` lies, for kernels that write with a stride; what they write is for them to keep apart.
+    #[expect(unsafe_code, reason = "see the type")]
+    pub(crate) fn pointer(&self, at: usize) -> *mut T {
+        assert!(at <= self.1, "inside the slice");
+        // SAFETY: inside the slice by the assertion.
+        unsafe { self.0.add(at) }
+    }
+
     /// # Safety
     /// No two threads may hold overlapping parts at the same time.
     #[expect(unsafe_code, reason = "see the type")]

@@ -50,6 +50,7 @@ impl Product<'_> {
     pub(crate) fn compute(&self) -> Vec<f32> {
         let (m, k, n) = (self.m, self.k, self.n);
         assert_eq!(self.x.len(), m * k, "activations have the weight's columns");
+        assert_eq!(self.weight.count(k), n, "the weight has the rows that it says");
         let mut y = vec![0f32; m * n];
         // A few rows are multiplied from the first cache as the band streams by; many rows want a band that is
         // worth unpacking once and fits the second cache.
@@ -58,24 +59,28 @@ impl Product<'_> {
         let out = Shared::new(&mut y);
         parallel(n.div_ceil(band), m * k * n, |bands| {
             let columns = bands.start * band..(bands.end * band).min(n);
-            let base_pointer = out;
             // SAFETY: column ranges of different threads are disjoint, and element (i, j) is written by the thread
             // that has column j alone; the sizes are asserted above.
             let in_registers = unsafe {
-                let y = base_pointer.part(columns.start..columns.start).as_mut_ptr();
-                packed_dots(self.weight, columns.clone(), (m, k), self.x.as_ptr(), y, n)
+                packed_dots(
+                    self.weight,
+                    columns.clone(),
+                    (m, k),
+                    self.x.as_ptr(),
+                    out.pointer(columns.start),
+                    n,
+                )
             };
             for first in columns.clone().step_by(band).filter(|_| !in_registers) {
                 let count = band.min(columns.end - first);
                 // SAFETY: as above.
                 self.with_band(first, count, |w| unsafe {
-                    let y = base_pointer.part(first..first).as_mut_ptr();
-                    dots(m, count, k, self.x.as_ptr(), w.as_ptr(), y, n);
+                    dots(m, count, k, self.x.as_ptr(), w.as_ptr(), out.pointer(first), n);
                 });
             }
             for row in 0..m {
                 // SAFETY: the columns of this thread, as above.
-                let y = unsafe { base_pointer.part(row * n + columns.start..row * n + columns.end) };
+                let y = unsafe { out.part(row * n + columns.start..row * n + columns.end) };
                 for (term, projected) in self.low_rank.iter().zip(&projections) {
                     if term.rows.contains(&row) {
                         let rank = term.a.len() / k;

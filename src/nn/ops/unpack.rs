@@ -28,6 +28,16 @@ impl<'a> Rows<'a> {
         }
     }
 
+    /// How many rows of `k` columns there are.
+    pub(crate) fn count(self, k: usize) -> usize {
+        match self {
+            Rows::F32(all) => all.len() / k,
+            Rows::F16(all) => all.len() / k,
+            Rows::Bf16(all) => all.len() / k,
+            Rows::Blocks { bytes, format } => bytes.len() / (k / format.block_size() * format.type_size()),
+        }
+    }
+
     /// Writes row `row` of `k` columns to `out`.
     pub(crate) fn unpack(self, row: usize, k: usize, out: &mut [f32]) {
         let range = row * k..(row + 1) * k;
