@@ -104,12 +104,15 @@ impl App {
             max_prompt_bytes: settings.max_prompt_bytes,
             ..HttpSettings::new(model_id)
         };
+        let prometheus = metrics::install().context(CannotStart)?;
+        // Without it, histograms would grow for as long as nobody reads /metrics. It ends with the runtime.
+        tokio::spawn(metrics::upkeep(prometheus.clone()));
         let router = http::router(AppState {
             engine: engine.clone(),
             tokenizer,
             adapters: adapters.clone(),
             settings: Arc::new(http),
-            prometheus: metrics::install().context(CannotStart)?,
+            prometheus,
             started: Instant::now(),
         });
         Ok(Self { listener, address, router, engine, adapters })
