@@ -1,4 +1,20 @@
-//! Files from where they lie. Today: the files of a model, from a folder or from a hub. What is inside the files
-//! is not known here.
+//! Data from where it lies: streams of records to train on, and model files from a hub.
 
 pub mod hub;
+
+use serde::{Deserialize, Serialize};
+
+/// A source of records, as the connectors file describes it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SourceConfig {}
+
+/// Why a source gives no more records.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("source {source_name}: {message}")]
+pub struct SourceError {
+    /// The source's name.
+    pub source_name: String,
+    /// Which object and where in it, what is wrong, what to do.
+    pub message: String,
+}

@@ -7,6 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::engine::EngineError;
+use crate::engine::training::{
+    PassReport, StepParameters, StepReport, TrainBatch, TrainerSnapshot, TrainerSpec, TrainingPlan,
+};
 use crate::nn::lora::LoraWeights;
 
 /// How the next token is chosen. Every field is already validated (see [`Sampling::validate`]).
@@ -207,8 +210,7 @@ pub struct Generation {
     pub events: mpsc::UnboundedReceiver<Event>,
 }
 
-/// Everything the engine thread can be asked. `ForwardBackward`, `OptimStep`, `Snapshot`, `Restore` and
-/// `Publish` join when training does.
+/// Everything the engine thread can be asked.
 #[derive(Debug)]
 pub(crate) enum Command {
     /// Generate one answer.
@@ -219,7 +221,31 @@ pub(crate) enum Command {
     LoadAdapter(LoadAdapter, oneshot::Sender<Result<AdapterHandle, EngineError>>),
     /// Forget an adapter; running requests keep it until they end.
     UnloadAdapter(AdapterHandle, oneshot::Sender<()>),
+    /// What training would take, without taking it.
+    PlanTraining(Box<TrainerSpec>, Reply<TrainingPlan>),
+    /// Take the memory for a trainer and initialise its weights.
+    CreateTrainer(TrainerId, Box<TrainerSpec>, Reply<TrainingPlan>),
+    /// One pass over a batch; with `true` its gradient is kept.
+    ForwardBackward(TrainerId, Box<TrainBatch>, bool, Reply<PassReport>),
+    /// Take a step with the gradient of the passes since the last one.
+    OptimStep(TrainerId, StepParameters, Reply<StepReport>),
+    /// Copy a trainer's state out.
+    Snapshot(TrainerId, Reply<TrainerSnapshot>),
+    /// Put a trainer's state back.
+    Restore(TrainerId, Box<TrainerSnapshot>, Reply<()>),
+    /// Copy a trainer's adapter out.
+    TrainedWeights(TrainerId, Reply<LoraWeights>),
+    /// Serve a trainer's weights as they are, under a name and a generation.
+    Publish(TrainerId, String, u64, Reply<AdapterHandle>),
+    /// Free a trainer; a pass that is under way is given up.
+    DropTrainer(TrainerId),
 }
+
+/// Names a trainer among all of the process.
+pub(crate) type TrainerId = u64;
+
+/// Where an answer goes.
+pub(crate) type Reply<T> = oneshot::Sender<Result<T, EngineError>>;
 
 /// A text to score.
 #[derive(Debug, Clone)]

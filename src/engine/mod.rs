@@ -10,6 +10,8 @@ mod run;
 pub mod sampler;
 pub mod scheduler;
 mod sequence;
+mod trainer_handle;
+pub mod training;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -23,6 +25,7 @@ pub use command::{
     AdapterHandle, Event, FinishReason, GenerateRequest, Generation, LoadAdapter, PositionLogprobs, Sampling,
     ScoreRequest, TokenLogprob, Usage,
 };
+pub use trainer_handle::Trainer;
 
 use crate::model::load::{DeviceChoice, DtypeChoice};
 use crate::model::tokenizer::Tokenizer;
@@ -72,6 +75,16 @@ pub enum EngineError {
         budget_bytes: u64,
         /// Bytes of adapters that running requests hold.
         pinned_bytes: u64,
+    },
+    /// Training as asked for does not fit the memory.
+    #[error("training needs {needed_bytes} bytes and {free_bytes} are free; {remedy}")]
+    TrainingMemory {
+        /// The least that it would take.
+        needed_bytes: u64,
+        /// Free now.
+        free_bytes: u64,
+        /// What would fit.
+        remedy: String,
     },
     /// The weights do not fit the model.
     #[error("{0}")]

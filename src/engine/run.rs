@@ -154,6 +154,15 @@ impl Engine {
                 let _ = reply.send(());
                 self.publish(|stats, engine| stats.adapters = engine.adapters.list());
             }
+            Command::PlanTraining(..)
+            | Command::CreateTrainer(..)
+            | Command::ForwardBackward(..)
+            | Command::OptimStep(..)
+            | Command::Snapshot(..)
+            | Command::Restore(..)
+            | Command::TrainedWeights(..)
+            | Command::Publish(..)
+            | Command::DropTrainer(_) => {}
         }
     }
 

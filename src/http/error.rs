@@ -176,6 +176,9 @@ impl From<EngineError> for ApiError {
             EngineError::AdapterInvalid(_) => {
                 Self::new(StatusCode::UNPROCESSABLE_ENTITY, "adapter_invalid", message).param("adapter")
             }
+            EngineError::TrainingMemory { .. } => {
+                Self::new(StatusCode::UNPROCESSABLE_ENTITY, "training_memory", message)
+            }
             EngineError::Stopped => Self::unavailable("shutting_down", message),
             EngineError::Device(_) => Self::internal(message),
         }

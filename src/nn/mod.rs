@@ -4,6 +4,7 @@ pub mod attention;
 pub mod kv_cache;
 pub mod linear;
 pub mod lora;
+pub mod loss;
 pub mod norm;
 pub(crate) mod ops;
 pub mod quant;
