@@ -71,7 +71,7 @@ impl Read for Pieces<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         let size = self.sizes.get(self.at % self.sizes.len().max(1)).copied().unwrap_or(1);
         self.at += 1;
-        if self.at % 5 == 0 {
+        if self.at.is_multiple_of(5) {
             return Err(std::io::ErrorKind::Interrupted.into());
         }
         let n = size.max(1).min(buffer.len()).min(self.bytes.len());

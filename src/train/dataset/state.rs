@@ -26,8 +26,8 @@ const MAX_REASONS: usize = 5;
 pub(super) struct Position {
     /// As decided at the first record.
     pub(super) template: Option<Template>,
-    /// From 0.
-    pub(super) epoch: u64,
+    /// The epoch that is being read, from 0.
+    pub(super) reading_epoch: u64,
     /// The epoch of the latest batch.
     pub(super) latest_epoch: u64,
     /// All epochs are through.
@@ -49,7 +49,7 @@ pub(super) struct Position {
 
 impl Position {
     pub(super) fn begin_epoch(&mut self, epoch: u64) {
-        self.epoch = epoch;
+        self.reading_epoch = epoch;
         self.source_done = false;
         self.cursor = Cursor::default();
         (self.taken, self.given) = (0, 0);
