@@ -1,7 +1,9 @@
 //! Teaching: the recipe that turns a source of records into a LoRA adapter. Flat asynchronous functions over the
 //! engine's trainer; nothing here touches the device, knows HTTP, or knows where jobs are kept.
 
+pub mod dataset;
 pub mod job;
+mod template;
 
 use std::path::PathBuf;
 use std::sync::Arc;
