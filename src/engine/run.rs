@@ -158,6 +158,7 @@ impl Engine {
             | Command::CreateTrainer(..)
             | Command::ForwardBackward(..)
             | Command::OptimStep(..)
+            | Command::DiscardGradient(..)
             | Command::Snapshot(..)
             | Command::Restore(..)
             | Command::TrainedWeights(..)
