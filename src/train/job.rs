@@ -100,7 +100,11 @@ pub async fn run(
         }
         pace.begin();
         if pending.is_empty() {
-            pending = data.next_batch(config.batch_size * config.gradient_accumulation_steps).await?;
+            // A source may take its time. Nothing that it gave until then is lost by not waiting for the rest.
+            pending = tokio::select! {
+                batch = data.next_batch(config.batch_size * config.gradient_accumulation_steps) => batch?,
+                () = this.asked() => continue,
+            };
         }
         if pending.is_empty() {
             break;
@@ -207,6 +211,14 @@ impl Found {
 impl Run<'_> {
     fn stopping(&self) -> Stop {
         *self.stop.borrow()
+    }
+
+    /// Waits until the job is asked to end.
+    async fn asked(&self) {
+        if self.stop.clone().wait_for(|stop| *stop != Stop::No).await.is_err() {
+            // Nobody is left who could ask.
+            std::future::pending().await
+        }
     }
 
     fn sites(&self) -> &Arc<Vec<Site>> {

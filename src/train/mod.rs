@@ -6,6 +6,7 @@ pub mod dataset;
 pub mod job;
 pub mod schedule;
 pub mod targets;
+mod template;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -133,7 +133,7 @@ mod tests {
 
     #[test]
     fn fields_are_checked_against_the_model() {
-        let good = crate::train::tests::config();
+        let good = AdapterConfig::default();
         let spec = trainer_spec(&good, &sites(), 512).unwrap();
         assert_eq!((spec.lora.rank, spec.lora.sites.len()), (good.r, 4));
         assert_eq!(spec.pass, PassShape { sequences: good.batch_size, sequence_tokens: good.max_seq_length });
