@@ -11,7 +11,7 @@
 //! ```
 
 mod config;
-pub(crate) mod durable;
+mod durable;
 mod files;
 mod peft;
 mod place;
@@ -28,6 +28,7 @@ use crate::nn::lora::{LoraWeights, Site};
 
 pub use registry::{Published, Registry};
 pub use write::TrainedAdapter;
+pub(crate) use durable::{make_folder, sync_folder, write_file};
 pub(crate) use write::safetensors_bytes;
 
 /// Why an adapter cannot be had.

@@ -21,8 +21,7 @@ use candle_core::Device;
 use serde::{Deserialize, Serialize};
 
 use super::{Progress, TrainError};
-use crate::adapters::durable::{make_folder, sync_folder, write_file};
-use crate::adapters::{TrainedAdapter, safetensors_bytes};
+use crate::adapters::{TrainedAdapter, make_folder, safetensors_bytes, sync_folder, write_file};
 use crate::engine::training::{LossScale, TrainSequence, TrainerSnapshot};
 use crate::nn::lora::Site;
 
