@@ -195,6 +195,10 @@ impl Stream for RecordStream {
                         self.pass -= 1;
                         continue;
                     }
+                    // It may be this row with which there are enough to judge by.
+                    if let Some(message) = self.rows.too_many(false) {
+                        return self.end_with(message);
+                    }
                     self.cursor.records += 1;
                     return Poll::Ready(Some(Ok(record)));
                 }

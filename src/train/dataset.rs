@@ -12,6 +12,7 @@ use futures::StreamExt as _;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng as _, SeedableRng as _};
 use serde::{Deserialize, Serialize};
+use tokio::task::JoinHandle;
 
 use self::state::Position;
 use super::template::{self, Examples, Made, Shape};
@@ -66,6 +67,8 @@ pub struct Dataset {
     /// A record that was taken from the stream and is not in `position` yet: whoever stops waiting in the middle
     /// loses nothing.
     in_hand: Option<Arc<Record>>,
+    /// What becomes of it, where that is worked out on another thread.
+    making: Option<JoinHandle<Result<Made, String>>>,
     random: ChaCha8Rng,
     /// What is drawn from.
     buffer: Vec<TrainSequence>,
@@ -112,6 +115,7 @@ impl Dataset {
             examples: Arc::new(examples),
             stream: Some(stream),
             in_hand,
+            making: None,
             random: random(job.config.seed, 0),
             buffer: Vec::new(),
             held_out: Vec::new(),
@@ -147,6 +151,7 @@ impl Dataset {
             examples: Arc::new(examples),
             stream: None,
             in_hand: None,
+            making: None,
             random,
             buffer,
             held_out,
@@ -255,12 +260,16 @@ impl Dataset {
         Ok(record)
     }
 
-    async fn make(&self, record: &Arc<Record>) -> Result<Result<Made, String>, TrainError> {
+    async fn make(&mut self, record: &Arc<Record>) -> Result<Result<Made, String>, TrainError> {
         if record.bytes() < LONG_RECORD_BYTES {
             return Ok(self.examples.make(record));
         }
-        let (examples, record) = (self.examples.clone(), record.clone());
-        let made = tokio::task::spawn_blocking(move || examples.make(&record)).await;
+        let making = self.making.get_or_insert_with(|| {
+            let (examples, record) = (self.examples.clone(), record.clone());
+            tokio::task::spawn_blocking(move || examples.make(&record))
+        });
+        let made = making.await;
+        self.making = None;
         made.map_err(|_| TrainError::Failed("tokenizing a record failed; see the log".into()))
     }
 
