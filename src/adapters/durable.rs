@@ -29,19 +29,21 @@ pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
 ///
 /// # Errors
 /// What `fill` or the system reports; nothing of it stays then.
-pub(crate) fn make_folder(
+pub(crate) fn make_folder<E: From<io::Error>>(
     making: &Path,
     target: &Path,
-    fill: impl FnOnce(&Path) -> io::Result<()>,
-) -> io::Result<()> {
-    let made = fs::create_dir_all(making)
-        .and_then(|()| fill(making))
-        .and_then(|()| sync_folder(making))
-        .and_then(|()| fs::rename(making, target));
-    if made.is_err() {
-        // The reason is told by the error above; remains are cleared at the next start.
+    fill: impl FnOnce(&Path) -> Result<(), E>,
+) -> Result<(), E> {
+    let make = || {
+        fs::create_dir_all(making)?;
+        fill(making)?;
+        sync_folder(making)?;
+        Ok(fs::rename(making, target)?)
+    };
+    if let Err(error) = make() {
+        // The reason is told; what remains in spite of this is cleared at the next start.
         let _ = fs::remove_dir_all(making);
+        return Err(error);
     }
-    made?;
-    target.parent().map_or(Ok(()), sync_folder)
+    Ok(target.parent().map_or(Ok(()), sync_folder)?)
 }

@@ -133,8 +133,8 @@ pub(super) fn locate_in(
             Err(e) => Err(failed(e)),
         }
     };
-    let folder = inside(folder, "it")?
-        .ok_or_else(|| AdapterError::invalid(name, "it is a link to nothing"))?;
+    let folder =
+        inside(folder, "it")?.ok_or_else(|| AdapterError::invalid(name, "it is a link to nothing"))?;
     if !folder.is_dir() {
         return Err(AdapterError::invalid(name, "it is not a folder"));
     }
@@ -187,9 +187,7 @@ impl Located {
         let path = self.manifest.as_ref()?;
         let notes = read_small(path).and_then(|json| Ok(serde_json::from_slice::<Manifest>(&json)?));
         // The weights do not depend on it, so the adapter stays usable.
-        notes
-            .inspect_err(|error| tracing::warn!(adapter = name, %error, "{MANIFEST} cannot be read"))
-            .ok()
+        notes.inspect_err(|error| tracing::warn!(adapter = name, %error, "{MANIFEST} cannot be read")).ok()
     }
 
     /// Reads everything once, checked, with the stamp that belongs to it.

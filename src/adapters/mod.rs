@@ -26,9 +26,9 @@ use serde::Serialize;
 use crate::engine::EngineError;
 use crate::nn::lora::{LoraWeights, Site};
 
+pub(crate) use durable::{make_folder, sync_folder, write_file};
 pub use registry::{Published, Registry};
 pub use write::TrainedAdapter;
-pub(crate) use durable::{make_folder, sync_folder, write_file};
 pub(crate) use write::safetensors_bytes;
 
 /// Why an adapter cannot be had.

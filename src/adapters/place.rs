@@ -68,7 +68,8 @@ pub(super) fn recover(root: &Path) {
         })
     };
     for (path, name) in hidden(STAGED) {
-        let free = matches!(fs::symlink_metadata(root.join(&name)), Err(e) if e.kind() == io::ErrorKind::NotFound);
+        let free =
+            matches!(fs::symlink_metadata(root.join(&name)), Err(e) if e.kind() == io::ErrorKind::NotFound);
         if free && check_name(&name).is_ok() {
             match fs::rename(&path, root.join(&name)).and_then(|()| sync_folder(root)) {
                 Ok(()) => tracing::info!(adapter = name, "finished putting a new adapter in its place"),

@@ -139,8 +139,11 @@ impl Registry {
     {
         check_name(name)?;
         let (registry, name) = (self.clone(), name.to_owned());
-        let notes =
-            Manifest { training_job: Some(training_job.to_owned()), metrics: Some(metrics), ..Manifest::default() };
+        let notes = Manifest {
+            training_job: Some(training_job.to_owned()),
+            metrics: Some(metrics),
+            ..Manifest::default()
+        };
         let publish = async move { registry.publish_now(name, adapter, notes, serve).await };
         unless_panicked(tokio::spawn(publish).await)
     }
@@ -352,7 +355,9 @@ impl State {
     fn generation_for(&self, stamp: &Stamp, published: Option<files::Published>) -> u64 {
         match published {
             _ if self.stamp.as_ref() == Some(stamp) => self.generation,
-            Some(files::Published { generation, untouched: true }) if generation > self.generation => generation,
+            Some(files::Published { generation, untouched: true }) if generation > self.generation => {
+                generation
+            }
             Some(files::Published { generation, .. }) => generation.max(self.generation) + 1,
             None => self.generation + 1,
         }

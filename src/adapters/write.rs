@@ -49,7 +49,8 @@ impl TrainedAdapter {
     fn config(&self, sites: &[Site]) -> Value {
         let LoraSpec { rank, alpha, dropout, rslora, .. } = self.lora;
         // PEFT types alpha as an integer and takes any number.
-        let alpha = if alpha.fract() == 0.0 && alpha.abs() < 1e15 { json!(alpha as i64) } else { json!(alpha) };
+        let alpha =
+            if alpha.fract() == 0.0 && alpha.abs() < 1e15 { json!(alpha as i64) } else { json!(alpha) };
         json!({
             "alpha_pattern": {},
             "auto_mapping": null,
@@ -89,7 +90,8 @@ impl TrainedAdapter {
                 return Err(invalid(format!("{}: not scaled as the configuration says", site.name)));
             }
             let expected = [[self.lora.rank, site.in_features], [site.out_features, self.lora.rank]];
-            for (tensor, part, shape) in [(&part.a, "lora_A", expected[0]), (&part.b, "lora_B", expected[1])] {
+            for (tensor, part, shape) in [(&part.a, "lora_A", expected[0]), (&part.b, "lora_B", expected[1])]
+            {
                 if tensor.dims() != shape {
                     return Err(invalid(format!(
                         "{}.{part} is {:?}, not {shape:?}",
@@ -146,7 +148,9 @@ pub(crate) fn safetensors_bytes(tensors: &BTreeMap<String, Tensor>) -> io::Resul
     let views = tensors
         .iter()
         .zip(&bytes)
-        .map(|((name, tensor), bytes)| Ok((name, TensorView::new(Dtype::F32, tensor.dims().to_vec(), bytes)?)))
+        .map(|((name, tensor), bytes)| {
+            Ok((name, TensorView::new(Dtype::F32, tensor.dims().to_vec(), bytes)?))
+        })
         .collect::<Result<Vec<_>, safetensors::SafeTensorError>>();
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     views.and_then(|views| safetensors::serialize(views, Some(metadata))).map_err(io::Error::other)

@@ -73,7 +73,8 @@ fn the_configuration_has_pefts_fields() {
     let dir = tempfile::tempdir().unwrap();
     trained(&[0, 3], true).write(dir.path(), &sites()).unwrap();
     let ours: Value = serde_json::from_slice(&std::fs::read(dir.path().join(CONFIG)).unwrap()).unwrap();
-    let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/parity/gpt2/adapter/adapter_config.json");
+    let fixture =
+        concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/parity/gpt2/adapter/adapter_config.json");
     let theirs: Value = serde_json::from_slice(&std::fs::read(fixture).unwrap()).unwrap();
     for (key, value) in ours.as_object().unwrap() {
         let expected = match key.as_str() {

@@ -95,7 +95,8 @@ async fn teach(context: &Context, id: &str, job: &TrainJob, new: bool) -> anyhow
     terminal.bar.finish_and_clear();
     match ending.with_context(|| format!("job {id}"))? {
         Ending::Completed { progress, generation } => {
-            let eval = progress.eval_loss.map_or(String::new(), |loss| format!(", evaluation loss {loss:.4}"));
+            let eval =
+                progress.eval_loss.map_or(String::new(), |loss| format!(", evaluation loss {loss:.4}"));
             let line = format!(
                 "adapter {} generation {generation}: {} steps, loss {:.4}{eval}\n",
                 job.adapter_name, progress.step, progress.loss
@@ -119,7 +120,8 @@ impl Args {
         };
         adapters::check_name(&adapter_name).context("--adapter")?;
         let (folder, file) = located(self.connectors.as_deref(), &settings.configs_dir, "--connectors")?;
-        let connectors = Connectors::load(&folder, file.as_deref()).map_err(|e| anyhow!("--connectors: {e}"))?;
+        let connectors =
+            Connectors::load(&folder, file.as_deref()).map_err(|e| anyhow!("--connectors: {e}"))?;
         let source = connectors.source(&source_name).map_err(|e| anyhow!("--source: {e}"))?.clone();
         let (folder, file) = located(self.config.as_deref(), &settings.configs_dir, "--config")?;
         let config = AdapterConfig::load(&folder, file.as_deref(), &self.overrides()?)
@@ -146,11 +148,7 @@ impl Args {
 }
 
 /// Folder and name of a file that a command line may name anywhere; without it the configs folder.
-fn located(
-    file: Option<&Path>,
-    configs_dir: &Path,
-    flag: &str,
-) -> anyhow::Result<(PathBuf, Option<String>)> {
+fn located(file: Option<&Path>, configs_dir: &Path, flag: &str) -> anyhow::Result<(PathBuf, Option<String>)> {
     let Some(file) = file else { return Ok((configs_dir.to_owned(), None)) };
     let whole = file.canonicalize().with_context(|| format!("{flag} {}", file.display()))?;
     let name = whole.file_name().and_then(|name| name.to_str());
@@ -166,10 +164,8 @@ const JOB: &str = "job.json";
 fn keep(jobs_dir: &Path, id: &str, job: &TrainJob) -> anyhow::Result<()> {
     let (folder, made) = (jobs_dir.join(id), jobs_dir.join(format!(".writing-{id}")));
     let text = serde_json::to_string_pretty(job)?;
-    adapters::make_folder(&made, &folder, |folder| {
-        adapters::write_file(&folder.join(JOB), text.as_bytes())
-    })
-    .with_context(|| format!("the job cannot be kept in {}", folder.display()))
+    adapters::make_folder(&made, &folder, |folder| adapters::write_file(&folder.join(JOB), text.as_bytes()))
+        .with_context(|| format!("the job cannot be kept in {}", folder.display()))
 }
 
 /// The job that `--resume` names.
@@ -244,8 +240,20 @@ mod tests {
     #[test]
     fn settings_are_written_as_in_the_file() {
         let args = parse(&[
-            "--source", "s", "--set", "r=4", "--set", "learning_rate=1e-3", "--set", "lr_scheduler=linear",
-            "--set", "target_modules=[q_proj, v_proj]", "--set", "max_steps=null", "--max-samples", "7",
+            "--source",
+            "s",
+            "--set",
+            "r=4",
+            "--set",
+            "learning_rate=1e-3",
+            "--set",
+            "lr_scheduler=linear",
+            "--set",
+            "target_modules=[q_proj, v_proj]",
+            "--set",
+            "max_steps=null",
+            "--max-samples",
+            "7",
         ]);
         let overrides = args.unwrap().overrides().unwrap();
         let expected = serde_json::json!({

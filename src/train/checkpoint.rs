@@ -157,7 +157,10 @@ impl Checkpoints {
             let making = self.folder.join(format!("{WRITING}{NAME}{step}"));
             make_folder(&making, &target, |folder| fill(folder, checkpoint, adapter, sites)).map_err(
                 |source| TrainError::Io {
-                    what: format!("the checkpoint of step {step} could not be written to {}", target.display()),
+                    what: format!(
+                        "the checkpoint of step {step} could not be written to {}",
+                        target.display()
+                    ),
                     source,
                 },
             )?;

@@ -205,7 +205,8 @@ fn a_full_disk_leaves_the_checkpoint_before() {
     use std::io::Write as _;
     use std::process::Command;
     let dir = tempfile::tempdir().unwrap();
-    let mount = Command::new("mount").args(["-t", "tmpfs", "-o", "size=64k", "tmpfs"]).arg(dir.path()).output();
+    let mount =
+        Command::new("mount").args(["-t", "tmpfs", "-o", "size=64k", "tmpfs"]).arg(dir.path()).output();
     if !mount.is_ok_and(|output| output.status.success()) {
         let _ = writeln!(io::stderr(), "skipped: this user may not mount a small file system");
         return;

@@ -75,11 +75,8 @@ pub async fn run(
         }
     };
     let mut pace = Pace::new();
-    let schedule = Schedule {
-        kind: config.lr_scheduler,
-        peak: config.learning_rate,
-        warmup_ratio: config.warmup_ratio,
-    };
+    let schedule =
+        Schedule { kind: config.lr_scheduler, peak: config.learning_rate, warmup_ratio: config.warmup_ratio };
 
     // Each turn begins between two steps: what is due there first, then one step.
     loop {
@@ -228,7 +225,8 @@ impl Run<'_> {
     /// Examples in passes that fit the plan, micro-batch by micro-batch.
     fn passes(&self, examples: &[TrainSequence]) -> Vec<Vec<TrainSequence>> {
         let plan = self.trainer.plan();
-        let packed = |batch: &[TrainSequence]| pack(batch.to_vec(), plan.tokens_per_pass, plan.sequences_per_pass);
+        let packed =
+            |batch: &[TrainSequence]| pack(batch.to_vec(), plan.tokens_per_pass, plan.sequences_per_pass);
         examples.chunks(self.job.config.batch_size).flat_map(packed).collect()
     }
 
@@ -275,7 +273,8 @@ impl Run<'_> {
             state.without_better += 1;
         }
         let best = state.best.map_or(String::new(), |best| format!(", best {:.4}", best.loss()));
-        self.reporter.log(format!("step {step}: evaluation loss {loss:.4} over {} examples{best}", examples.len()));
+        self.reporter
+            .log(format!("step {step}: evaluation loss {loss:.4} over {} examples{best}", examples.len()));
         let patience = self.job.config.early_stopping_patience;
         if patience > 0 && state.without_better >= patience {
             state.finished = true;
@@ -337,14 +336,16 @@ impl Run<'_> {
             let saved = blocking(move || store.read(best.step)).await?;
             self.trainer.restore(saved.trainer).await?;
             let (at, loss) = (best.step, best.loss());
-            self.reporter.log(format!("taking the weights of step {at}, whose evaluation loss {loss:.4} is the best"));
+            self.reporter
+                .log(format!("taking the weights of step {at}, whose evaluation loss {loss:.4} is the best"));
         }
         let adapter = self.trained(&self.trainer.snapshot().await?)?;
         let metrics = metrics(state, watched);
         let (trainer, name) = (self.trainer.clone(), self.job.adapter_name.clone());
         let serve = move |generation| async move { trainer.publish(&name, generation).await };
         let registry = &self.context.adapters;
-        let published = registry.publish(&self.job.adapter_name, adapter, self.job_id, metrics, serve).await?;
+        let published =
+            registry.publish(&self.job.adapter_name, adapter, self.job_id, metrics, serve).await?;
         if let Some(reason) = published.not_resident {
             self.reporter.log(format!("the adapter is not loaded yet: {reason}"));
         }
@@ -445,7 +446,11 @@ fn total_steps(config: &AdapterConfig, planned: Planned) -> u64 {
 }
 
 /// A trainer's tensors as an adapter.
-fn weights_of(snapshot: &TrainerSnapshot, lora: &LoraSpec, sites: &[Site]) -> Result<LoraWeights, TrainError> {
+fn weights_of(
+    snapshot: &TrainerSnapshot,
+    lora: &LoraSpec,
+    sites: &[Site],
+) -> Result<LoraWeights, TrainError> {
     let parts = lora.sites.iter().map(|&site| {
         let name = &sites[site].name;
         let tensor = |part: &str| {

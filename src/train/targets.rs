@@ -126,7 +126,10 @@ mod tests {
         for names in [&["q_proj"][..], &["proj"], &["c_attn", "nothing"], &[""], &[]] {
             let error = found(names).unwrap_err();
             assert_eq!(error.field, "target_modules");
-            assert!(error.message.contains("c_attn, c_proj") && error.message.contains("all-linear"), "{error}");
+            assert!(
+                error.message.contains("c_attn, c_proj") && error.message.contains("all-linear"),
+                "{error}"
+            );
         }
         assert!(found(&["all-linear", "c_attn"]).unwrap_err().message.contains("alone"));
     }
