@@ -51,6 +51,7 @@ fn engine(dir: &Path) -> EngineHandle {
         max_queue: 64,
         prefill_chunk: 64,
         adapter_cache_bytes: 1 << 28,
+        train_share: 0.5,
     };
     EngineHandle::start(config, Arc::new(Tokenizer::from_dir(dir).unwrap())).unwrap()
 }

@@ -90,6 +90,7 @@ fn context(data: &Path) -> Context {
         max_queue: 64,
         prefill_chunk: 64,
         adapter_cache_bytes: 1 << 28,
+        train_share: 0.5,
     };
     let engine = EngineHandle::start(config, tokenizer.clone()).unwrap();
     Context {

@@ -1,9 +1,10 @@
-//! `gurukul bench generate|serve`: measures the engine alone or behind HTTP, and prints one JSON object. How
+//! `gurukul bench generate|serve|train`: measures the engine alone or behind HTTP, and prints one JSON object. How
 //! requests go over HTTP is in `client`, how figures are summed up in `figures`.
 
 mod client;
 mod figures;
 mod load;
+mod train;
 
 use std::io::Write as _;
 use std::time::Instant;
@@ -34,6 +35,8 @@ enum Subject {
     Generate(Workload),
     /// The server under clients that stream, beside the engine alone, and /health meanwhile
     Serve(ServeArgs),
+    /// Training: tokens/s, step time by phase, peak memory beside the plan's, and beside clients if wanted
+    Train(train::TrainArgs),
 }
 
 #[derive(Debug, Clone, clap::Args)]
@@ -65,6 +68,13 @@ pub(super) fn run(args: Args, mut settings: Settings) -> anyhow::Result<()> {
             let mut report = report?;
             report.insert("load_s".into(), json!((load_s * 1000.0).round() / 1000.0));
             report
+        }
+        Subject::Train(args) => {
+            args.check().context(CannotStart)?;
+            let loaded = runtime.block_on(app::load(&settings))?;
+            let report = runtime.block_on(train::train(&args, &loaded.engine));
+            loaded.engine.shutdown();
+            report?
         }
         Subject::Serve(ServeArgs { workload, url: Some(url), vocab_size }) => {
             workload.check().context(CannotStart)?;

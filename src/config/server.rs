@@ -225,6 +225,7 @@ impl EngineSettings {
             max_queue,
             prefill_chunk,
             adapter_cache_bytes,
+            train_share: 0.5,
         }
     }
 }

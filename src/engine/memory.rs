@@ -72,7 +72,7 @@ pub(super) fn plan_pages(config: &EngineConfig, model: &Decoder) -> Result<usize
 }
 
 /// Bytes free on the device; `None` where the system does not say.
-fn free_bytes(device: &Device) -> Option<u64> {
+pub(super) fn free_bytes(device: &Device) -> Option<u64> {
     #[cfg(feature = "cuda")]
     if !device.is_cpu() {
         return candle_core::cuda_backend::cudarc::driver::result::mem_get_info()

@@ -10,8 +10,10 @@ mod run;
 pub mod sampler;
 pub mod scheduler;
 mod sequence;
+mod trainer;
 mod trainer_handle;
 pub mod training;
+mod training_plan;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -118,6 +120,8 @@ pub struct EngineConfig {
     pub prefill_chunk: usize,
     /// Bytes for resident adapters.
     pub adapter_cache_bytes: u64,
+    /// Share of the engine's time that training gets while requests run, above 0 and below 1.
+    pub train_share: f64,
 }
 
 /// What is being served; fixed once the engine runs.
@@ -178,6 +182,18 @@ pub struct EngineStats {
     pub cancelled: u64,
     /// Seconds spent inside steps since the start.
     pub busy_s: f64,
+    /// Seconds spent on training since the start.
+    pub train_s: f64,
+    /// Pieces that training was cut into since the start.
+    pub train_pieces: u64,
+    /// Seconds of the longest of them.
+    pub longest_train_piece_s: f64,
+    /// Tokens of finished training passes since the start.
+    pub train_tokens: u64,
+    /// Optimizer steps since the start.
+    pub train_steps: u64,
+    /// Trainers that hold memory.
+    pub trainers: usize,
     /// Resident adapters: name, generation, bytes.
     pub adapters: Vec<(String, u64, u64)>,
 }

@@ -11,10 +11,13 @@ use anyhow::{Context, Result};
 
 use super::adapters::Adapters;
 use super::command::Command;
-use super::memory::{check_weights, plan_pages};
+use super::memory::{check_weights, free_bytes, plan_pages};
 use super::scheduler::{Limits, Scheduler, SequenceId, Slice};
 use super::sequence::{Progress, Sequence};
-use super::{EngineConfig, EngineError, EngineStats, ModelInfo};
+use super::trainer::{Piece, Trainers};
+use super::training::{TrainerSpec, TrainingPlan};
+use super::training_plan::{Circumstances, plan};
+use super::{EngineConfig, EngineError, EngineStats, LoadAdapter, ModelInfo};
 use crate::model::decoder::{Batch, Decoder};
 use crate::model::load::{device_name, inspect, load};
 use crate::model::tokenizer::Tokenizer;
@@ -45,7 +48,7 @@ pub(super) fn thread(
         }
     };
     loop {
-        if engine.scheduler.is_idle() {
+        if engine.scheduler.is_idle() && !engine.trainers.has_work() {
             match inbox.recv() {
                 Ok(command) => engine.obey(command),
                 Err(mpsc::RecvError) => break,
@@ -56,7 +59,7 @@ pub(super) fn thread(
             engine.obey(command);
         }
         engine.drop_abandoned();
-        engine.step();
+        engine.turn();
     }
 }
 
@@ -71,6 +74,11 @@ struct Engine {
     eos_token_ids: Vec<u32>,
     in_flight: Arc<AtomicUsize>,
     stats: Arc<Mutex<EngineStats>>,
+    cache_bytes: u64,
+    trainers: Trainers,
+    train_share: f64,
+    /// Seconds that training may take before the next step of serving.
+    train_credit: f64,
 }
 
 impl Engine {
@@ -129,6 +137,10 @@ impl Engine {
             eos_token_ids,
             in_flight,
             stats,
+            cache_bytes: info.kv_cache_bytes,
+            trainers: Trainers::default(),
+            train_share: config.train_share,
+            train_credit: 0.0,
         };
         Ok((engine, info))
     }
@@ -154,16 +166,50 @@ impl Engine {
                 let _ = reply.send(());
                 self.publish(|stats, engine| stats.adapters = engine.adapters.list());
             }
-            Command::PlanTraining(..)
-            | Command::CreateTrainer(..)
-            | Command::ForwardBackward(..)
-            | Command::OptimStep(..)
-            | Command::DiscardGradient(..)
-            | Command::Snapshot(..)
-            | Command::Restore(..)
-            | Command::TrainedWeights(..)
-            | Command::Publish(..)
-            | Command::DropTrainer(_) => {}
+            Command::PlanTraining(spec, reply) => {
+                let _ = reply.send(self.plan_training(&spec));
+            }
+            Command::CreateTrainer(id, spec, reply) => {
+                let plan = self.plan_training(&spec);
+                let created = plan.and_then(|plan| self.trainers.create(id, *spec, plan, &self.model));
+                let _ = reply.send(created);
+            }
+            Command::ForwardBackward(id, batch, with_gradient, reply) => {
+                self.trainers.submit(id, *batch, with_gradient, reply, &self.model);
+            }
+            Command::OptimStep(id, parameters, reply) => {
+                let began = Instant::now();
+                let stepped = self.trainers.between_passes(id, |trainer| trainer.step(parameters));
+                let _ = reply.send(stepped);
+                self.publish(|stats, _| {
+                    stats.train_s += began.elapsed().as_secs_f64();
+                    stats.train_steps += 1;
+                });
+            }
+            Command::DiscardGradient(id, reply) => {
+                let _ = reply.send(self.trainers.between_passes(id, |trainer| Ok(trainer.discard())));
+            }
+            Command::Snapshot(id, reply) => {
+                let model = &self.model;
+                let _ = reply.send(self.trainers.between_passes(id, |trainer| trainer.snapshot(model)));
+            }
+            Command::Restore(id, snapshot, reply) => {
+                let model = &self.model;
+                let _ =
+                    reply.send(self.trainers.between_passes(id, |trainer| trainer.restore(&snapshot, model)));
+            }
+            Command::TrainedWeights(id, reply) => {
+                let _ = reply.send(self.trainers.between_passes(id, |trainer| trainer.weights()));
+            }
+            Command::Publish(id, name, generation, reply) => {
+                let weights = self.trainers.between_passes(id, |trainer| trainer.weights());
+                let published = weights.and_then(|weights| {
+                    self.adapters.load(LoadAdapter { name, generation, weights }, &self.model)
+                });
+                let _ = reply.send(published);
+                self.publish(|stats, engine| stats.adapters = engine.adapters.list());
+            }
+            Command::DropTrainer(id) => self.trainers.forget(id),
         }
     }
 
@@ -190,6 +236,67 @@ impl Engine {
         if !gone.is_empty() {
             self.publish(|stats, _| stats.cancelled += gone.len() as u64);
         }
+    }
+
+    /// A step of serving if somebody waits for one, and as much training as its share allows after it.
+    fn turn(&mut self) {
+        if !self.scheduler.is_idle() {
+            let began = Instant::now();
+            self.step();
+            if self.trainers.has_work() {
+                let share = self.train_share;
+                self.train_credit += began.elapsed().as_secs_f64() * share / (1.0 - share);
+            }
+        }
+        if self.scheduler.is_idle() {
+            // Nobody to share with: one piece, and a look at the inbox.
+            self.train_credit = 0.0;
+            self.train();
+        }
+        while self.train_credit > 0.0 && self.trainers.has_work() {
+            self.train_credit -= self.train();
+        }
+        if !self.trainers.has_work() {
+            self.train_credit = 0.0;
+        }
+    }
+
+    /// One piece of training; gives the seconds that it took.
+    fn train(&mut self) -> f64 {
+        if !self.trainers.has_work() {
+            return 0.0;
+        }
+        let began = Instant::now();
+        // As for a step: a panic is a bug that must cost its own pass alone.
+        let done = catch_unwind(AssertUnwindSafe(|| self.trainers.advance(&self.model)));
+        let piece = done.unwrap_or_else(|_| {
+            let text = "a training pass panicked; the log has the place";
+            self.trainers.give_up(&EngineError::Device(text.into()));
+            Piece::default()
+        });
+        let seconds = began.elapsed().as_secs_f64();
+        self.publish(|stats, engine| {
+            stats.train_s += seconds;
+            stats.train_pieces += 1;
+            stats.longest_train_piece_s = stats.longest_train_piece_s.max(seconds);
+            stats.train_tokens += piece.tokens as u64;
+            stats.trainers = engine.trainers.count();
+        });
+        seconds
+    }
+
+    fn plan_training(&self, spec: &TrainerSpec) -> Result<TrainingPlan, EngineError> {
+        let on = self.model.device();
+        let kernels = on.is_cpu();
+        // The cache and what other trainers were promised may not have been touched yet.
+        let promised = self.trainers.planned_bytes() + if kernels { self.cache_bytes } else { 0 };
+        let about = Circumstances {
+            resident_bytes: self.model.weight_bytes() + self.cache_bytes,
+            free_bytes: free_bytes(on).map(|free| free.saturating_sub(promised)),
+            activation_bytes: self.model.activations().size_in_bytes() as u64,
+            kernel_threads: kernels.then(|| std::thread::available_parallelism().map_or(1, |n| n.get())),
+        };
+        plan(self.model.spec(), self.model.sites(), spec, about)
     }
 
     /// Schedule, run, postprocess.

@@ -1,6 +1,8 @@
 //! The decoder: every family's layers in one place, driven by a [`Spec`]. One call takes a ragged batch (some
 //! rows a prompt's chunk, some a single new token, each with its own adapter or none) through all layers.
 
+pub(crate) mod pass;
+
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 
@@ -197,16 +199,7 @@ impl Decoder {
             .iter()
             .flat_map(|span| (span.start..span.start + span.rows.len()).map(|p| p as u32))
             .collect();
-        let mut x = self.embedding.gather(&batch.tokens, self.holding.activations)?; // [R, hidden]
-        if self.spec.embedding_scale != 1.0 {
-            x = (x * self.spec.embedding_scale)?;
-        }
-        if let Some(table) = &self.positions {
-            x = add_scaled(&x, &table.gather(&positions, self.holding.activations)?, 1.0)?;
-        }
-        if let Some(norm) = &self.embedding_norm {
-            x = norm.forward(&x)?;
-        }
+        let mut x = self.embed(&batch.tokens, &positions)?; // [R, hidden]
         for (number, layer) in self.layers.iter().enumerate() {
             x = self.layer(number, layer, x, batch, &positions, cache)?;
         }
@@ -217,6 +210,21 @@ impl Decoder {
         let x = self.final_norm.forward(&x.index_select(&wanted, 0)?)?;
         let logits = self.head.forward(&x, &LoraBatch::default())?.to_dtype(DType::F32)?;
         if self.spec.logits_divisor != 1.0 { logits / self.spec.logits_divisor } else { Ok(logits) }
+    }
+
+    /// Token and position embeddings, `[tokens, hidden]`.
+    fn embed(&self, tokens: &[u32], positions: &[u32]) -> candle_core::Result<Tensor> {
+        let mut x = self.embedding.gather(tokens, self.holding.activations)?;
+        if self.spec.embedding_scale != 1.0 {
+            x = (x * self.spec.embedding_scale)?;
+        }
+        if let Some(table) = &self.positions {
+            x = add_scaled(&x, &table.gather(positions, self.holding.activations)?, 1.0)?;
+        }
+        match &self.embedding_norm {
+            Some(norm) => norm.forward(&x),
+            None => Ok(x),
+        }
     }
 
     fn layer(
@@ -237,10 +245,7 @@ impl Decoder {
             Some((q_norm, k_norm)) => (q_norm.forward(&q)?, k_norm.forward(&k)?),
             None => (q, k),
         };
-        let (q, k) = match self.spec.rope_of_layer[number] {
-            Some(table) => (self.ropes[table].apply(&q, positions)?, self.ropes[table].apply(&k, positions)?),
-            None => (q, k),
-        };
+        let (q, k) = self.turned(number, q, k, positions)?;
         cache.write(number, &k, &v, &batch.spans)?;
         let window = self.spec.windows[number];
         let mixed = attend(&q, cache, number, &batch.spans, &self.attention, window)?; // [R, H * D]
@@ -259,24 +264,51 @@ impl Decoder {
         x: &Tensor,
         lora: &LoraBatch,
     ) -> candle_core::Result<(Tensor, Tensor, Tensor)> {
+        let outputs = match &layer.qkv {
+            Projections::Separate(three) => {
+                three.iter().map(|linear| linear.forward(x, lora)).collect::<candle_core::Result<_>>()?
+            }
+            Projections::Fused(qkv) | Projections::InterleavedByHead(qkv) => vec![qkv.forward(x, lora)?],
+        };
+        self.split(layer, outputs)
+    }
+
+    /// What the projections gave, as queries, keys and values.
+    fn split(&self, layer: &Layer, outputs: Vec<Tensor>) -> candle_core::Result<(Tensor, Tensor, Tensor)> {
         let Spec { heads, kv_heads, head_dim, .. } = self.spec;
-        let rows = x.dim(0)?;
+        let rows = outputs[0].dim(0)?;
         match &layer.qkv {
-            Projections::Separate([q, k, v]) => Ok((
-                q.forward(x, lora)?.reshape((rows, heads, head_dim))?,
-                k.forward(x, lora)?.reshape((rows, kv_heads, head_dim))?,
-                v.forward(x, lora)?.reshape((rows, kv_heads, head_dim))?,
+            Projections::Separate(_) => Ok((
+                outputs[0].reshape((rows, heads, head_dim))?,
+                outputs[1].reshape((rows, kv_heads, head_dim))?,
+                outputs[2].reshape((rows, kv_heads, head_dim))?,
             )),
-            Projections::Fused(qkv) => {
-                let all = qkv.forward(x, lora)?.reshape((rows, heads + 2 * kv_heads, head_dim))?;
+            Projections::Fused(_) => {
+                let all = outputs[0].reshape((rows, heads + 2 * kv_heads, head_dim))?;
                 let part = |from, count| all.narrow(1, from, count)?.contiguous();
                 Ok((part(0, heads)?, part(heads, kv_heads)?, part(heads + kv_heads, kv_heads)?))
             }
-            Projections::InterleavedByHead(qkv) => {
-                let all = qkv.forward(x, lora)?.reshape((rows, heads, 3, head_dim))?;
+            Projections::InterleavedByHead(_) => {
+                let all = outputs[0].reshape((rows, heads, 3, head_dim))?;
                 let part = |which| all.narrow(2, which, 1)?.squeeze(2)?.contiguous();
                 Ok((part(0)?, part(1)?, part(2)?))
             }
+        }
+    }
+
+    /// Queries and keys with their positions, where a layer turns them.
+    fn turned(
+        &self,
+        number: usize,
+        q: Tensor,
+        k: Tensor,
+        positions: &[u32],
+    ) -> candle_core::Result<(Tensor, Tensor)> {
+        match self.spec.rope_of_layer[number] {
+            Some(table) => {
+                Ok((self.ropes[table].apply(&q, positions)?, self.ropes[table].apply(&k, positions)?))
+            }
+            None => Ok((q, k)),
         }
     }
 }

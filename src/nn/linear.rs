@@ -1,9 +1,13 @@
 //! The linear layer: one base weight in whatever format, one optional bias, and what adapters add.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
-use super::lora::{LoraBatch, Term};
-use super::ops::product::LowRank;
+use super::add_scaled;
+use super::lora::{LoraBatch, SiteGradient, Term, TrainSite};
+use super::ops::dropout::Dropout;
+use super::ops::gemm::{LowRankTerm, at_b, x_w};
+use super::ops::product::{LowRank, thin};
+use super::ops::unpack::Rows;
 use super::ops::{f32_view, has_kernels};
 use super::quant::Weight;
 
@@ -64,6 +68,126 @@ impl Linear {
         Tensor::from_vec(y, (x.dim(0)?, self.weight.rows()), x.device())
     }
 
+    /// The forward pass of training: as [`Linear::forward`] with one adapter for all rows, whose inputs `dropout`
+    /// thins out. Gives y and, where there is an adapter, scale · x̃·Aᵀ `[rows, r]`, which the way back needs.
+    pub(crate) fn train_forward(
+        &self,
+        x: &Tensor,
+        site: Option<&TrainSite>,
+        dropout: Option<Dropout>,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let low = site.map(|site| self.train_low(x, site, dropout)).transpose()?;
+        let y = if has_kernels(x.device()) {
+            let bias = self.bias.as_ref().map(f32_view).transpose()?;
+            let views = match (&low, site) {
+                (Some(low), Some(site)) => Some((f32_view(low)?, f32_view(&site.b)?, site.b.dim(0)?)),
+                _ => None,
+            };
+            let term = views.as_ref().map(|(left, right, rank)| LowRankTerm { left, right, rank: *rank });
+            let y = self.weight.train_product(&f32_view(x)?, term, bias.as_deref())?;
+            Tensor::from_vec(y, (x.dim(0)?, self.weight.rows()), x.device())?
+        } else {
+            let mut y = self.weight.composed_product(x)?;
+            if let (Some(low), Some(site)) = (&low, site) {
+                y = (y + low.matmul(&site.b.to_dtype(x.dtype())?)?)?;
+            }
+            match &self.bias {
+                Some(bias) => y.broadcast_add(&bias.to_dtype(y.dtype())?)?,
+                None => y,
+            }
+        };
+        Ok((y, low))
+    }
+
+    /// scale · x̃·Aᵀ `[rows, r]`, for a way back without a way forth.
+    pub(crate) fn train_low(&self, x: &Tensor, site: &TrainSite, dropout: Option<Dropout>) -> Result<Tensor> {
+        let thinned = thinned(x, dropout)?;
+        if has_kernels(x.device()) {
+            let low = thin(&f32_view(&thinned)?, &f32_view(&site.a)?, self.weight.columns());
+            return Tensor::from_vec(low, (x.dim(0)?, site.a.dim(0)?), x.device())? * site.scale;
+        }
+        thinned.matmul(&site.a.to_dtype(x.dtype())?.t()?)? * site.scale
+    }
+
+    /// x·Wᵀ + b of many rows by our kernel, for whoever needs the numbers and no tensor.
+    pub(crate) fn train_product(&self, x: &[f32]) -> Result<Vec<f32>> {
+        let bias = self.bias.as_ref().map(f32_view).transpose()?;
+        self.weight.train_product(x, None, bias.as_deref())
+    }
+
+    /// The way back: from the gradient by y, the gradient by x (unless nobody needs it) and by the adapter. The
+    /// base weight gets none. `low` is what [`Linear::train_forward`] gave.
+    pub(crate) fn train_backward(
+        &self,
+        x: &Tensor,
+        low: Option<&Tensor>,
+        gradient: &Tensor,
+        site: Option<&TrainSite>,
+        dropout: Option<Dropout>,
+        input_needed: bool,
+    ) -> Result<(Option<Tensor>, Option<SiteGradient>)> {
+        let (inputs, outputs) = (self.weight.columns(), self.weight.rows());
+        let (Some(low), Some(site)) = (low, site) else {
+            let dx = input_needed.then(|| self.back_product(gradient, None)).transpose()?;
+            return Ok((dx, None));
+        };
+        let rank = site.a.dim(0)?;
+        let thinned = thinned(x, dropout)?;
+        let (d_low, gradients) = if has_kernels(x.device()) {
+            let (gradient, low, x) = (f32_view(gradient)?, f32_view(low)?, f32_view(&thinned)?);
+            let mut d_low = thin(&gradient, &f32_view(&site.b)?, outputs);
+            d_low.iter_mut().for_each(|d| *d *= site.scale as f32);
+            let a = at_b(&d_low, &x, rank, inputs);
+            let b = at_b(&low, &gradient, rank, outputs);
+            let device = thinned.device();
+            let gradients = SiteGradient {
+                a: Tensor::from_vec(a, (rank, inputs), device)?,
+                b: Tensor::from_vec(b, (rank, outputs), device)?,
+            };
+            (Tensor::from_vec(d_low, (thinned.dim(0)?, rank), device)?, gradients)
+        } else {
+            let d_low = (gradient.matmul(&site.b.to_dtype(gradient.dtype())?.t()?)? * site.scale)?;
+            let a = d_low.t()?.matmul(&thinned)?.to_dtype(DType::F32)?;
+            let b = low.t()?.matmul(gradient)?.to_dtype(DType::F32)?;
+            (d_low, SiteGradient { a, b })
+        };
+        if !input_needed {
+            return Ok((None, Some(gradients)));
+        }
+        let dx = match dropout {
+            None => self.back_product(gradient, Some((&d_low, site)))?,
+            Some(dropout) => {
+                let through = if has_kernels(x.device()) {
+                    let a = f32_view(&site.a)?;
+                    let through = x_w(&f32_view(&d_low)?, Rows::F32(&a), inputs, None);
+                    Tensor::from_vec(through, (x.dim(0)?, inputs), x.device())?
+                } else {
+                    d_low.matmul(&site.a.to_dtype(d_low.dtype())?)?
+                };
+                add_scaled(&self.back_product(gradient, None)?, &dropout.apply(&through)?, 1.0)?
+            }
+        };
+        Ok((Some(dx), Some(gradients)))
+    }
+
+    /// gradient·W, plus d_low·A.
+    fn back_product(&self, gradient: &Tensor, term: Option<(&Tensor, &TrainSite)>) -> Result<Tensor> {
+        if !has_kernels(gradient.device()) {
+            let dx = self.weight.composed_back_product(gradient)?;
+            return match term {
+                Some((d_low, site)) => dx + d_low.matmul(&site.a.to_dtype(d_low.dtype())?)?,
+                None => Ok(dx),
+            };
+        }
+        let views = match term {
+            Some((d_low, site)) => Some((f32_view(d_low)?, f32_view(&site.a)?, site.a.dim(0)?)),
+            None => None,
+        };
+        let term = views.as_ref().map(|(left, right, rank)| LowRankTerm { left, right, rank: *rank });
+        let dx = self.weight.train_back_product(&f32_view(gradient)?, term)?;
+        Tensor::from_vec(dx, (gradient.dim(0)?, self.weight.columns()), gradient.device())
+    }
+
     fn composed(&self, x: &Tensor, terms: &[Term<'_>]) -> Result<Tensor> {
         let base = self.weight.composed_product(x)?;
         let mut parts = Vec::new();
@@ -91,5 +215,12 @@ impl Linear {
             Some(bias) => y.broadcast_add(&bias.to_dtype(y.dtype())?),
             None => Ok(y),
         }
+    }
+}
+
+fn thinned(x: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
+    match dropout {
+        Some(dropout) => dropout.apply(x),
+        None => Ok(x.clone()),
     }
 }

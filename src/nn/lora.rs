@@ -144,3 +144,20 @@ impl LoraBatch {
             .collect()
     }
 }
+
+/// One site of an adapter that is being trained, on the device, f32. B lies transposed and unscaled.
+#[derive(Debug, Clone)]
+pub(crate) struct TrainSite {
+    /// `[rank, in]`.
+    pub(crate) a: Tensor,
+    /// `[rank, out]`.
+    pub(crate) b: Tensor,
+    /// What B·A is multiplied with.
+    pub(crate) scale: f64,
+}
+
+/// Gradients of one site in one pass, in the shapes of [`TrainSite`].
+pub(crate) struct SiteGradient {
+    pub(crate) a: Tensor,
+    pub(crate) b: Tensor,
+}

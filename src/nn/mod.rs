@@ -7,8 +7,11 @@ pub mod lora;
 pub mod loss;
 pub mod norm;
 pub(crate) mod ops;
+pub(crate) mod optim;
 pub mod quant;
 pub mod rope;
 
 pub use ops::activation::Activation;
 pub(crate) use ops::activation::add_scaled;
+pub(crate) use ops::dropout::{Dropout, mix64};
+pub(crate) use ops::gemm::TrainScratch;

@@ -32,4 +32,12 @@ impl Norm {
             Self::Layer { weight, bias, eps } => ops::norm::layer_norm(x, weight, bias, *eps),
         }
     }
+
+    /// Gradient by x, from the gradient by what [`Norm::forward`] gave for it.
+    pub(crate) fn backward(&self, x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Rms { weight, eps } => ops::norm::rms_norm_backward(x, weight, *eps, gradient),
+            Self::Layer { weight, eps, .. } => ops::norm::layer_norm_backward(x, weight, *eps, gradient),
+        }
+    }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{CpuStorage, DType, Device, Module, Result, Storage, Tensor};
 
+use super::ops::gemm::{LowRankTerm, x_w, x_wt};
 use super::ops::has_kernels;
 use super::ops::product::{LowRank, Product};
 use super::ops::unpack::Rows;
@@ -159,6 +160,29 @@ impl Weight {
             let (k, n) = (self.columns, self.rows);
             Ok(Product { x, m: x.len() / k, k, n, weight, bias, low_rank }.compute())
         })
+    }
+
+    /// x·W by candle's operations: `x` `[m, rows]`, gives `[m, columns]`. The way back of a product.
+    pub(crate) fn composed_back_product(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.held {
+            Held::Dense(t) => x.matmul(&t.to_dtype(x.dtype())?),
+            Held::Blocks(q) => x.matmul(&q.dequantize_f16(&q.device())?.to_dtype(x.dtype())?),
+        }
+    }
+
+    /// x·Wᵀ + low rank + bias of many rows, by the kernel for training: `[m, rows]`.
+    pub(crate) fn train_product(
+        &self,
+        x: &[f32],
+        term: Option<LowRankTerm<'_>>,
+        bias: Option<&[f32]>,
+    ) -> Result<Vec<f32>> {
+        self.with_rows(|weight| Ok(x_wt(x, weight, self.columns, term, bias)))
+    }
+
+    /// x·W + low rank of many rows, by the kernel for training: `[m, columns]`.
+    pub(crate) fn train_back_product(&self, x: &[f32], term: Option<LowRankTerm<'_>>) -> Result<Vec<f32>> {
+        self.with_rows(|weight| Ok(x_w(x, weight, self.columns, term)))
     }
 
     fn with_rows<R>(&self, f: impl FnOnce(Rows<'_>) -> Result<R>) -> Result<R> {

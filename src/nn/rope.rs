@@ -57,7 +57,12 @@ impl Rope {
 
     /// Turns `x` `[rows, heads, head_dim]` by the rows' positions.
     pub fn apply(&self, x: &Tensor, positions: &[u32]) -> Result<Tensor> {
-        ops::rotary::rotate(x, &self.cos, &self.sin, positions)
+        ops::rotary::rotate(x, &self.cos, &self.sin, positions, 1.0)
+    }
+
+    /// Turns back: the gradient by `x`, from the gradient by what [`Rope::apply`] gave.
+    pub(crate) fn backward(&self, gradient: &Tensor, positions: &[u32]) -> Result<Tensor> {
+        ops::rotary::rotate(gradient, &self.cos, &self.sin, positions, -1.0)
     }
 }
 

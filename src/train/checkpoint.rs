@@ -50,6 +50,8 @@ pub struct State {
     pub without_better: u64,
     /// Training ended early; what is left is to publish.
     pub finished: bool,
+    /// Tokens that a pass takes at most, as the job began: the order of sums follows from it. 0 before that.
+    pub tokens_per_pass: usize,
 }
 
 /// An evaluation.

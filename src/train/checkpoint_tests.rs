@@ -43,6 +43,7 @@ fn checkpoint(step: u64) -> Checkpoint {
             best: Some(Best::new(1, f64::from_bits(0x3FD5_5555_5555_5557))),
             without_better: 2,
             finished: true,
+            tokens_per_pass: 256,
         },
         trainer: TrainerSnapshot {
             tensors,
@@ -99,6 +100,7 @@ fn a_checkpoint_comes_back_bit_for_bit() {
     assert_eq!(read.state.best, written.state.best);
     assert_eq!((read.state.evaluated, read.state.finished), (Some(7), true));
     assert_eq!((read.state.bad_in_a_row, read.state.without_better), (3, 2));
+    assert_eq!(read.state.tokens_per_pass, 256);
     assert_eq!((read.dataset, read.pending), (written.dataset, written.pending));
     // It is an adapter as well.
     let weights = crate::adapters::read_folder(&job.store.path(7), &sites()).unwrap();

@@ -64,7 +64,8 @@ pub async fn run(
     };
     let trainer = Arc::new(context.engine.create_trainer(spec).await?);
     let this = Run { context, job_id, job, reporter, store, trainer, stop };
-    this.log_plan(&data);
+    this.log_plan();
+    this.log_source(&data);
     let mut saved_step = saved.as_ref().map(|saved| saved.state.progress.step);
     let (mut state, mut pending) = match saved {
         None => (State::default(), Vec::new()),
@@ -74,6 +75,18 @@ pub async fn run(
             (saved.state, saved.pending)
         }
     };
+    // The plan follows from the memory that is free now; a job that goes on keeps to its first one.
+    let room = this.trainer.plan().tokens_per_pass;
+    if state.tokens_per_pass == 0 {
+        state.tokens_per_pass = room;
+    } else if state.tokens_per_pass > room {
+        reporter.log(format!(
+            "there is less memory than when the job began: passes of {room} tokens and not {}, which changes the \
+             last digits of its sums",
+            state.tokens_per_pass
+        ));
+        state.tokens_per_pass = room;
+    }
     let mut pace = Pace::new();
     let schedule =
         Schedule { kind: config.lr_scheduler, peak: config.learning_rate, warmup_ratio: config.warmup_ratio };
@@ -108,7 +121,7 @@ pub async fn run(
         }
         let total = total_steps(config, data.planned_examples()).max(step + 1);
         let learning_rate = schedule.at(step, total);
-        let Some(found) = this.gradient(step, &pending).await? else {
+        let Some(found) = this.gradient(&state, &pending).await? else {
             this.trainer.discard_gradient().await?;
             continue;
         };
@@ -222,23 +235,21 @@ impl Run<'_> {
         &self.context.engine.info().sites
     }
 
-    /// Examples in passes that fit the plan, micro-batch by micro-batch.
-    fn passes(&self, examples: &[TrainSequence]) -> Vec<Vec<TrainSequence>> {
-        let plan = self.trainer.plan();
-        let packed =
-            |batch: &[TrainSequence]| pack(batch.to_vec(), plan.tokens_per_pass, plan.sequences_per_pass);
-        examples.chunks(self.job.config.batch_size).flat_map(packed).collect()
+    /// Examples in passes that fit the plan, the micro-batches of a step together: only tokens take memory, and
+    /// what a step comes to does not depend on how its examples were grouped.
+    fn passes(&self, state: &State, examples: &[TrainSequence]) -> Vec<Vec<TrainSequence>> {
+        pack(examples.to_vec(), state.tokens_per_pass, usize::MAX)
     }
 
     /// The gradient of a step's examples, summed in the trainer. `None`: asked to stop on the way.
-    async fn gradient(&self, step: u64, examples: &[TrainSequence]) -> Result<Option<Found>, TrainError> {
+    async fn gradient(&self, state: &State, examples: &[TrainSequence]) -> Result<Option<Found>, TrainError> {
         let mut found = Found::default();
-        for (number, sequences) in self.passes(examples).into_iter().enumerate() {
+        for (number, sequences) in self.passes(state, examples).into_iter().enumerate() {
             if self.stopping() != Stop::No {
                 return Ok(None);
             }
             // Numbered by the step, so that a job that goes on draws what it would have drawn.
-            let pass = (step << 20) | number as u64;
+            let pass = (state.progress.step << 20) | number as u64;
             let batch = TrainBatch { sequences, loss: TokenLoss::CrossEntropy, pass };
             found.add(&self.trainer.forward_backward(batch).await?);
         }
@@ -252,7 +263,7 @@ impl Run<'_> {
             return Ok(Evaluated::NotBetter);
         }
         let mut found = Found::default();
-        for (number, sequences) in self.passes(examples).into_iter().enumerate() {
+        for (number, sequences) in self.passes(state, examples).into_iter().enumerate() {
             if self.stopping() != Stop::No {
                 // Not evaluated, as far as a checkpoint of this step is concerned.
                 return Ok(Evaluated::NotBetter);
@@ -365,13 +376,13 @@ impl Run<'_> {
         Ok(TrainedAdapter { lora, weights, base_model: self.context.model_id.clone(), family })
     }
 
-    fn log_plan(&self, data: &Dataset) {
+    fn log_plan(&self) {
         let (plan, layers) = (self.trainer.plan(), self.context.engine.info().layers);
         let modules = self.trainer.spec().lora.sites.len();
         self.reporter.log(format!(
             "plan: {} for training ({} adapter with its moments, {} inputs of layers, {} kept, {} one layer, {} \
-             loss) beside {} of weights and cache, {} free; {} of {layers} layers kept; passes of up to {} tokens \
-             and {} sequences; {modules} modules",
+             loss) beside {} of weights and cache, {} free; {} of {layers} layers kept; passes of up to {} tokens; \
+             {modules} modules",
             mib(plan.training_bytes),
             mib(plan.adapter_bytes),
             mib(plan.hidden_bytes),
@@ -382,8 +393,10 @@ impl Run<'_> {
             mib(plan.free_bytes),
             plan.kept_layers,
             plan.tokens_per_pass,
-            plan.sequences_per_pass,
         ));
+    }
+
+    fn log_source(&self, data: &Dataset) {
         let (planned, counters) = (data.planned_examples(), data.counters());
         self.reporter.log(format!(
             "source {}: {:?} template; {}{} examples an epoch, {} held out; so far {} records read, {} unusable, {} \

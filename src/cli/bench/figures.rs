@@ -121,11 +121,12 @@ fn rounded(value: f64) -> f64 {
 
 /// The most memory that this process ever held, as Linux counts it (`VmHWM`); `None` elsewhere.
 pub(super) fn peak_resident_bytes() -> Option<u64> {
-    peak_of(&std::fs::read_to_string("/proc/self/status").ok()?)
+    of_status(&std::fs::read_to_string("/proc/self/status").ok()?, "VmHWM:")
 }
 
-fn peak_of(status: &str) -> Option<u64> {
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+/// Bytes of one line of `/proc/self/status`.
+pub(super) fn of_status(status: &str, key: &str) -> Option<u64> {
+    let line = status.lines().find_map(|l| l.strip_prefix(key))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
 }
@@ -169,7 +170,10 @@ mod tests {
 
     #[test]
     fn the_peak_is_read_in_bytes() {
-        assert_eq!(peak_of("VmPeak:\t 9 kB\nVmHWM:\t    1234 kB\nVmRSS:\t 1 kB\n"), Some(1234 * 1024));
-        assert_eq!(peak_of("VmRSS:\t 1 kB\n"), None);
+        assert_eq!(
+            of_status("VmPeak:\t 9 kB\nVmHWM:\t    1234 kB\nVmRSS:\t 1 kB\n", "VmHWM:"),
+            Some(1234 * 1024)
+        );
+        assert_eq!(of_status("VmRSS:\t 1 kB\n", "VmHWM:"), None);
     }
 }

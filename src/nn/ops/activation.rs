@@ -2,8 +2,11 @@
 
 use candle_core::{Result, Tensor};
 
-use super::math::{gelu_tanh, silu};
+use super::math::{exp, gelu_tanh, silu};
 use super::{Shared, f32_view, has_kernels, multiversion, parallel};
+
+/// sqrt(2 / pi).
+const C: f64 = 0.797_884_560_802_865_4;
 
 /// Activation functions of the supported families.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +38,60 @@ impl Activation {
             });
         }
         self.apply(gate)? * up
+    }
+
+    /// Gradient by x of [`Activation::apply`].
+    pub(crate) fn backward(self, x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+        if has_kernels(x.device()) {
+            return elementwise(x, gradient, |x, gradient, y| {
+                self.fill_derivative(x, y);
+                multiply(y, gradient);
+            });
+        }
+        self.composed_derivative(x)? * gradient
+    }
+
+    /// Gradients by gate and up of [`Activation::gated`].
+    pub(crate) fn gated_backward(
+        self,
+        gate: &Tensor,
+        up: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        let d_up = self.gated(gate, gradient)?;
+        if has_kernels(gate.device()) {
+            let d_gate = elementwise(gate, up, |gate, up, y| {
+                self.fill_derivative(gate, y);
+                multiply(y, up);
+            })?;
+            return Ok((elementwise(&d_gate, gradient, product)?, d_up));
+        }
+        Ok(((self.composed_derivative(gate)? * (up * gradient)?)?, d_up))
+    }
+
+    fn composed_derivative(self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            // s (1 + x (1 - s)) with the logistic function s of x.
+            Self::Silu => {
+                let s = candle_nn::ops::sigmoid(x)?;
+                &s * ((x * (1.0 - &s)?)? + 1.0)?
+            }
+            // x s with the logistic function s of 2u, u = c (x + 0.044715 x³).
+            Self::GeluTanh => {
+                let square = x.sqr()?;
+                let u = ((x * ((&square * 0.044_715)? + 1.0)?)? * C)?;
+                let s = candle_nn::ops::sigmoid(&(u * 2.0)?)?;
+                let slope = ((square * (3.0 * 0.044_715 * 2.0 * C))? + 2.0 * C)?;
+                &s * ((x * (1.0 - &s)?)? * slope)?.affine(1.0, 1.0)?
+            }
+        }
+    }
+
+    fn fill_derivative(self, x: &[f32], y: &mut [f32]) {
+        match self {
+            Self::Silu => fill_silu_derivative(x, y),
+            Self::GeluTanh => fill_gelu_derivative(x, y),
+        }
     }
 
     fn fill(self, x: &[f32], y: &mut [f32]) {
@@ -83,6 +140,35 @@ multiversion! {
     fn fill_gelu(x: &[f32], y: &mut [f32]) {
         for (y, &x) in y.iter_mut().zip(x) {
             *y = gelu_tanh(x);
+        }
+    }
+}
+
+multiversion! {
+    fn fill_silu_derivative(x: &[f32], y: &mut [f32]) {
+        for (y, &x) in y.iter_mut().zip(x) {
+            let s = 1.0 / (1.0 + exp(-x));
+            *y = s * x.mul_add(1.0 - s, 1.0);
+        }
+    }
+}
+
+multiversion! {
+    fn fill_gelu_derivative(x: &[f32], y: &mut [f32]) {
+        for (y, &x) in y.iter_mut().zip(x) {
+            let square = x * x;
+            let u = C as f32 * x * square.mul_add(0.044_715, 1.0);
+            let s = 1.0 / (1.0 + exp(-2.0 * u));
+            let slope = C as f32 * square.mul_add(6.0 * 0.044_715, 2.0);
+            *y = s * (x * slope).mul_add(1.0 - s, 1.0);
+        }
+    }
+}
+
+multiversion! {
+    fn product(a: &[f32], b: &[f32], y: &mut [f32]) {
+        for ((y, &a), &b) in y.iter_mut().zip(a).zip(b) {
+            *y = a * b;
         }
     }
 }

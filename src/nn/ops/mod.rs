@@ -7,8 +7,11 @@
 
 pub(crate) mod activation;
 pub(crate) mod attend;
+pub(crate) mod attend_rows;
 pub(crate) mod dot;
 pub(crate) mod dot_packed;
+pub(crate) mod dropout;
+pub(crate) mod gemm;
 pub(crate) mod math;
 pub(crate) mod norm;
 pub(crate) mod product;

@@ -100,26 +100,14 @@ impl Product<'_> {
     }
 
     /// x·Aᵀ for each adapter's rows: `[rows, r]` each.
-    #[expect(unsafe_code, reason = "calls the tile kernel")]
     fn project(&self) -> Vec<Vec<f32>> {
         let of = |term: &LowRank| {
-            let (rows, rank) = (term.rows.len(), term.a.len() / self.k);
+            let rank = term.a.len() / self.k;
             assert!(
                 term.rows.end <= self.m && term.b.len() == rank * self.n,
                 "an adapter's shapes fit the layer"
             );
-            let mut projected = vec![0f32; rows * rank];
-            let out = Shared::new(&mut projected);
-            parallel(rows, rows * rank * self.k, |part| {
-                let x =
-                    &self.x[(term.rows.start + part.start) * self.k..(term.rows.start + part.end) * self.k];
-                // SAFETY: `part` rows of x, `rank` rows of a, and this thread's rows of the output.
-                unsafe {
-                    let y = out.part(part.start * rank..part.end * rank).as_mut_ptr();
-                    dots(part.len(), rank, self.k, x.as_ptr(), term.a.as_ptr(), y, rank);
-                }
-            });
-            projected
+            thin(&self.x[term.rows.start * self.k..term.rows.end * self.k], term.a, self.k)
         };
         self.low_rank.iter().map(of).collect()
     }
@@ -138,6 +126,23 @@ impl Product<'_> {
             f(&band[..count * self.k]);
         });
     }
+}
+
+/// x·aᵀ for a few rows `a` `[r, k]`: `[rows, r]`.
+#[expect(unsafe_code, reason = "calls the tile kernel; threads write disjoint rows")]
+pub(crate) fn thin(x: &[f32], a: &[f32], k: usize) -> Vec<f32> {
+    let (rows, rank) = (x.len() / k, a.len() / k);
+    let mut y = vec![0f32; rows * rank];
+    let out = Shared::new(&mut y);
+    parallel(rows, rows * rank * k, |part| {
+        let x = &x[part.start * k..part.end * k];
+        // SAFETY: `part` rows of x, `rank` rows of a, and this thread's rows of the output.
+        unsafe {
+            let y = out.part(part.start * rank..part.end * rank).as_mut_ptr();
+            dots(part.len(), rank, k, x.as_ptr(), a.as_ptr(), y, rank);
+        }
+    });
+    y
 }
 
 multiversion! {
