@@ -6,19 +6,20 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::config::LoraConfig;
+use super::durable::write_file;
 use super::peft::{self, Plan};
+use super::place::bury;
+use super::write::{CONFIG, TENSORS};
 use super::{AdapterError, AdapterInfo, check_name};
 use crate::nn::lora::{LoraWeights, Site};
 
-const CONFIG: &str = "adapter_config.json";
-const TENSORS: &str = "adapter_model.safetensors";
 /// What our own training leaves beside PEFT's files.
 const MANIFEST: &str = "gurukul.json";
 /// Folders on their way out; no adapter name begins with a dot.
-const REMOVED: &str = ".removed-";
+pub(super) const REMOVED: &str = ".removed-";
 /// PEFT's configurations have a few kilobytes.
 const MAX_JSON_BYTES: u64 = 1 << 20;
 
@@ -50,10 +51,47 @@ pub(super) struct Loaded {
 }
 
 /// Our own notes beside an adapter.
-#[derive(Debug, Default, Deserialize)]
-struct Manifest {
-    training_job: Option<String>,
-    metrics: Option<serde_json::Value>,
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(super) struct Manifest {
+    pub(super) training_job: Option<String>,
+    pub(super) metrics: Option<serde_json::Value>,
+    /// The generation that the adapter was published under.
+    pub(super) generation: Option<u64>,
+    /// The files that this generation is of.
+    pub(super) files: Option<[Written; 2]>,
+}
+
+/// What of a file's state outlives the process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Written {
+    bytes: u64,
+    modified_ns: u64,
+}
+
+impl Manifest {
+    /// The generation that was published, and whether the files are still those. A number that no counting leads
+    /// to is nobody's.
+    fn published(&self, stamp: &Stamp) -> Option<Published> {
+        let generation = self.generation.filter(|&g| g > 0 && g < 1 << 53)?;
+        Some(Published { generation, untouched: self.files.as_ref() == Some(&stamp.written()) })
+    }
+}
+
+/// The generation that an adapter was last published under, by this process or one before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Published {
+    pub(super) generation: u64,
+    /// Whether the files are those that were published.
+    pub(super) untouched: bool,
+}
+
+impl Stamp {
+    fn written(&self) -> [Written; 2] {
+        self.0.each_ref().map(|file| {
+            let since = file.modified.and_then(|t| t.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
+            Written { bytes: file.bytes, modified_ns: since.as_nanos() as u64 }
+        })
+    }
 }
 
 /// Whether something of this name lies in the folder, whatever it is.
@@ -72,10 +110,21 @@ pub(super) fn locate(root: &Path, name: &str) -> Result<Located, AdapterError> {
     if !exists(root, name)? {
         return Err(AdapterError::NotFound { name: name.to_owned() });
     }
-    let root = root.canonicalize().map_err(failed)?;
+    let inside_of = root.canonicalize().map_err(failed)?;
+    locate_in(&root.join(name), Some(&inside_of), name)
+}
+
+/// Resolves the files of an adapter's folder; links are followed only while they stay in `inside_of`, or
+/// anywhere. `name` is for messages.
+pub(super) fn locate_in(
+    folder: &Path,
+    inside_of: Option<&Path>,
+    name: &str,
+) -> Result<Located, AdapterError> {
+    let failed = |e: io::Error| AdapterError::unreadable(name, &e);
     let inside = |path: &Path, what: &str| -> Result<Option<PathBuf>, AdapterError> {
         match path.canonicalize() {
-            Ok(real) if real.starts_with(&root) => Ok(Some(real)),
+            Ok(real) if inside_of.is_none_or(|root| real.starts_with(root)) => Ok(Some(real)),
             Ok(_) => Err(AdapterError::invalid(
                 name,
                 format!("{what} is a link that leaves the adapters folder; copy the files into it"),
@@ -84,8 +133,8 @@ pub(super) fn locate(root: &Path, name: &str) -> Result<Located, AdapterError> {
             Err(e) => Err(failed(e)),
         }
     };
-    let folder = inside(&root.join(name), "it")?
-        .ok_or_else(|| AdapterError::invalid(name, "it is a link to nothing"))?;
+    let folder =
+        inside(folder, "it")?.ok_or_else(|| AdapterError::invalid(name, "it is a link to nothing"))?;
     if !folder.is_dir() {
         return Err(AdapterError::invalid(name, "it is not a folder"));
     }
@@ -109,14 +158,36 @@ pub(super) fn locate(root: &Path, name: &str) -> Result<Located, AdapterError> {
     Ok(Located { config, tensors, manifest: file(MANIFEST)? })
 }
 
+/// Writes our notes beside PEFT's two files in `folder`, of which they are to be the notes.
+pub(super) fn write_manifest(folder: &Path, mut manifest: Manifest) -> io::Result<()> {
+    manifest.files = Some(stamp_of(&folder.join(CONFIG), &folder.join(TENSORS))?.written());
+    write_file(&folder.join(MANIFEST), serde_json::to_string_pretty(&manifest)?.as_bytes())
+}
+
+fn stamp_of(config: &Path, tensors: &Path) -> io::Result<Stamp> {
+    let of = |path: &Path| -> io::Result<FileStamp> {
+        let meta = fs::metadata(path)?;
+        Ok(FileStamp { modified: meta.modified().ok(), bytes: meta.len(), inode: inode(&meta) })
+    };
+    Ok(Stamp([of(config)?, of(tensors)?]))
+}
+
 impl Located {
     /// The present state of both files.
     pub(super) fn stamp(&self, name: &str) -> Result<Stamp, AdapterError> {
-        let of = |path: &Path| -> Result<FileStamp, AdapterError> {
-            let meta = fs::metadata(path).map_err(|e| AdapterError::unreadable(name, &e))?;
-            Ok(FileStamp { modified: meta.modified().ok(), bytes: meta.len(), inode: inode(&meta) })
-        };
-        Ok(Stamp([of(&self.config)?, of(&self.tensors)?]))
+        stamp_of(&self.config, &self.tensors).map_err(|e| AdapterError::unreadable(name, &e))
+    }
+
+    /// The generation that the notes tell; none where there are no notes or they cannot be read.
+    pub(super) fn published(&self, name: &str, stamp: &Stamp) -> Option<Published> {
+        self.manifest(name)?.published(stamp)
+    }
+
+    fn manifest(&self, name: &str) -> Option<Manifest> {
+        let path = self.manifest.as_ref()?;
+        let notes = read_small(path).and_then(|json| Ok(serde_json::from_slice::<Manifest>(&json)?));
+        // The weights do not depend on it, so the adapter stays usable.
+        notes.inspect_err(|error| tracing::warn!(adapter = name, %error, "{MANIFEST} cannot be read")).ok()
     }
 
     /// Reads everything once, checked, with the stamp that belongs to it.
@@ -192,13 +263,9 @@ pub(super) fn describe(
         info.base_model = config.base_model;
     }
     info.error = located.open(name, sites).err().map(|e| e.to_string());
-    if let Some(path) = &located.manifest {
-        let notes = read_small(path).and_then(|json| Ok(serde_json::from_slice::<Manifest>(&json)?));
-        match notes {
-            Ok(notes) => (info.training_job, info.metrics) = (notes.training_job, notes.metrics),
-            // The weights do not depend on it, so the adapter stays usable.
-            Err(error) => tracing::warn!(adapter = name, %error, "{MANIFEST} cannot be read"),
-        }
+    if let Some(notes) = located.manifest(name) {
+        info.generation = notes.published(&stamp).filter(|p| p.untouched).map(|p| p.generation);
+        (info.training_job, info.metrics) = (notes.training_job, notes.metrics);
     }
     Ok((info, Some(stamp)))
 }
@@ -244,27 +311,8 @@ pub(super) fn remove(root: &Path, name: &str) -> Result<(), AdapterError> {
     if let Ok(folder) = File::open(root) {
         folder.sync_all().map_err(failed)?;
     }
-    // A link goes, what it points to stays.
-    let removed = match fs::symlink_metadata(&grave) {
-        Ok(meta) if meta.is_dir() => fs::remove_dir_all(&grave),
-        Ok(_) => fs::remove_file(&grave),
-        Err(e) => Err(e),
-    };
-    if let Err(error) = removed {
-        // The adapter is gone for everyone; only its bytes are left until the next start.
-        tracing::warn!(adapter = name, folder = %grave.display(), %error, "a deleted adapter's files remain");
-    }
+    bury(&grave);
     Ok(())
-}
-
-/// Clears what an interrupted [`remove`] left behind.
-pub(super) fn clear_removed(root: &Path) {
-    let Ok(entries) = fs::read_dir(root) else { return };
-    for entry in entries.flatten().filter(|e| e.file_name().to_string_lossy().starts_with(REMOVED)) {
-        if let Err(error) = fs::remove_dir_all(entry.path()) {
-            tracing::warn!(folder = %entry.path().display(), %error, "a deleted adapter's files remain");
-        }
-    }
 }
 
 fn read_small(path: &Path) -> io::Result<Vec<u8>> {

@@ -1,5 +1,6 @@
 //! Tests of [`super`]: links, broken folders, deletions.
 
+use super::super::place::recover;
 use super::*;
 
 const CONFIG_TEXT: &str = r#"{"peft_type":"LORA","r":1,"lora_alpha":2,"target_modules":["q_proj"],
@@ -180,7 +181,7 @@ fn deletion_is_whole_and_its_remains_are_cleared() {
 
     write(&root.path().join(".removed-a-0"));
     write(&root.path().join("b"));
-    clear_removed(root.path());
+    recover(root.path());
     assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
-    clear_removed(&root.path().join("none"));
+    recover(&root.path().join("none"));
 }

@@ -7,13 +7,16 @@
 //!   hindi-v2/
 //!     adapter_config.json          PEFT's
 //!     adapter_model.safetensors    PEFT's
-//!     gurukul.json                 optional: {"training_job": "...", "metrics": {...}}
+//!     gurukul.json                 optional, ours: {"training_job": "...", "metrics": {...}, "generation": 3, ...}
 //! ```
 
 mod config;
+mod durable;
 mod files;
 mod peft;
+mod place;
 mod registry;
+mod write;
 
 use std::io;
 use std::path::Path;
@@ -23,7 +26,10 @@ use serde::Serialize;
 use crate::engine::EngineError;
 use crate::nn::lora::{LoraWeights, Site};
 
-pub use registry::Registry;
+pub(crate) use durable::{make_folder, sync_folder, write_file};
+pub use registry::{Published, Registry};
+pub use write::TrainedAdapter;
+pub(crate) use write::safetensors_bytes;
 
 /// Why an adapter cannot be had.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -88,12 +94,23 @@ pub fn read(root: &Path, name: &str, sites: &[Site]) -> Result<LoraWeights, Adap
     Ok(loaded.weights)
 }
 
+/// Reads an adapter from any folder: a checkpoint's, or one that a person names. Links are followed.
+///
+/// # Errors
+/// Every [`AdapterError`] but that of the engine; the folder stands in the place of the name.
+pub fn read_folder(folder: &Path, sites: &[Site]) -> Result<LoraWeights, AdapterError> {
+    let name = folder.display().to_string();
+    let (_, loaded) = files::locate_in(folder, None, &name)?.load(&name, sites)?;
+    Ok(loaded.weights)
+}
+
 /// What is known of an adapter without running it.
 #[derive(Debug, Clone, PartialEq, Serialize, utoipa::ToSchema)]
 pub struct AdapterInfo {
     /// Name, as requests give it.
     pub name: String,
-    /// Generation that the engine was last given; absent until the adapter is first used.
+    /// Generation that the engine was last given, or that training published; absent until the adapter is first
+    /// used where its files came from elsewhere.
     pub generation: Option<u64>,
     /// `r`, before any pattern.
     pub rank: Option<usize>,

@@ -1,13 +1,13 @@
 //! The adapters that requests can name: read when first named, read again when their files change, forgotten
-//! when they are deleted. Which of them stay on the device is the engine's decision; this file remembers each
+//! when they are deleted, replaced when training publishes one. Which of them stay on the device is the engine's decision; this file remembers each
 //! by a weak handle, so that it never pins one.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
-use super::files::{self, Stamp};
-use super::{AdapterError, AdapterInfo, check_name};
+use super::files::{self, Manifest, Stamp};
+use super::{AdapterError, AdapterInfo, TrainedAdapter, check_name, place};
 use crate::engine::command::AdapterKey;
 use crate::engine::{AdapterHandle, EngineError, EngineHandle, LoadAdapter};
 
@@ -22,6 +22,20 @@ struct Shared {
     engine: EngineHandle,
     /// One entry for each name that was ever there, so that generations go on growing after a deletion.
     slots: Mutex<HashMap<String, Arc<Slot>>>,
+    /// Held alone between the two renames of a replacement, so that no reader finds the name gone. Guards no
+    /// memory, so a holder's panic leaves nothing torn.
+    replacing: RwLock<()>,
+}
+
+/// A published adapter.
+#[derive(Debug)]
+pub struct Published {
+    /// The generation that it has from now on.
+    pub generation: u64,
+    /// Its folder.
+    pub path: PathBuf,
+    /// Why the engine does not hold it yet, if it does not; the next request that names it loads its files.
+    pub not_resident: Option<EngineError>,
 }
 
 /// One name.
@@ -45,11 +59,12 @@ struct State {
 }
 
 impl Registry {
-    /// A registry over `dir`, which need not exist yet. Touches nothing but the remains of deletions that a
-    /// crash interrupted.
+    /// A registry over `dir`, which need not exist yet. Touches nothing but the remains of deletions and
+    /// replacements that a crash interrupted.
     pub fn new(dir: PathBuf, engine: EngineHandle) -> Self {
-        files::clear_removed(&dir);
-        Self { shared: Arc::new(Shared { dir, engine, slots: Mutex::default() }) }
+        place::recover(&dir);
+        let shared = Shared { dir, engine, slots: Mutex::default(), replacing: RwLock::default() };
+        Self { shared: Arc::new(shared) }
     }
 
     /// The adapter of this name, on the device. It stays there, as it is now, for as long as the handle lives.
@@ -70,6 +85,7 @@ impl Registry {
     pub async fn list(&self) -> Result<Vec<AdapterInfo>, AdapterError> {
         let registry = self.clone();
         blocking(move || {
+            let _whole = registry.shared.replacing.read().unwrap_or_else(PoisonError::into_inner);
             let all = files::describe_all(&registry.shared.dir, &registry.shared.engine.info().sites);
             let all = all.map_err(|e| AdapterError::io("the folder of adapters could not be listed", &e))?;
             Ok(all.into_iter().map(|(info, stamp)| registry.with_state(info, stamp.as_ref())).collect())
@@ -86,6 +102,7 @@ impl Registry {
         let (registry, name) = (self.clone(), name.to_owned());
         blocking(move || {
             let sites = &registry.shared.engine.info().sites;
+            let _whole = registry.shared.replacing.read().unwrap_or_else(PoisonError::into_inner);
             let (info, stamp) = files::describe(&registry.shared.dir, &name, sites)?;
             Ok(registry.with_state(info, stamp.as_ref()))
         })
@@ -102,13 +119,100 @@ impl Registry {
         unless_panicked(tokio::spawn(async move { registry.delete_now(name).await }).await)
     }
 
+    /// Writes a trained adapter into the folder, whatever has its name until now, and has it served from the
+    /// trainer's own weights: `serve` gets the generation and gives the handle. Requests that run with an older
+    /// generation keep it.
+    ///
+    /// # Errors
+    /// A name against the rule, a disk that refuses; what had the name still has it then. An engine that has no
+    /// room at this moment is no error: see [`Published::not_resident`].
+    pub async fn publish<F>(
+        &self,
+        name: &str,
+        adapter: TrainedAdapter,
+        training_job: &str,
+        metrics: serde_json::Value,
+        serve: impl FnOnce(u64) -> F + Send + 'static,
+    ) -> Result<Published, AdapterError>
+    where
+        F: Future<Output = Result<AdapterHandle, EngineError>> + Send,
+    {
+        check_name(name)?;
+        let (registry, name) = (self.clone(), name.to_owned());
+        let notes = Manifest {
+            training_job: Some(training_job.to_owned()),
+            metrics: Some(metrics),
+            ..Manifest::default()
+        };
+        let publish = async move { registry.publish_now(name, adapter, notes, serve).await };
+        unless_panicked(tokio::spawn(publish).await)
+    }
+
+    async fn publish_now<F>(
+        &self,
+        name: String,
+        adapter: TrainedAdapter,
+        mut notes: Manifest,
+        serve: impl FnOnce(u64) -> F,
+    ) -> Result<Published, AdapterError>
+    where
+        F: Future<Output = Result<AdapterHandle, EngineError>>,
+    {
+        let slot = self.new_slot(&name);
+        let _turn = slot.turn.lock().await;
+        let (registry, owned, same_slot) = (self.clone(), name.clone(), slot.clone());
+        let (generation, stamp) = blocking(move || {
+            let dir = &registry.shared.dir;
+            // What lies there counts as a generation, whether or not it was ever used, and even if it is broken.
+            let present = files::locate(dir, &owned).and_then(|located| {
+                let stamp = located.stamp(&owned)?;
+                Ok((located.published(&owned, &stamp), stamp))
+            });
+            let generation = match &present {
+                Ok((published, stamp)) => same_slot.lock().generation_for(stamp, *published) + 1,
+                Err(_) => same_slot.lock().generation + 1,
+            };
+            notes.generation = Some(generation);
+            let fill = |folder: &std::path::Path| {
+                adapter.write(folder, &registry.shared.engine.info().sites)?;
+                files::write_manifest(folder, notes)
+            };
+            let around = |rename: &mut dyn FnMut() -> std::io::Result<()>| {
+                let _alone = registry.shared.replacing.write().unwrap_or_else(PoisonError::into_inner);
+                rename()
+            };
+            place::put(dir, &owned, fill, around)
+                .map_err(|e| AdapterError::io(format!("the adapter {owned:?} could not be written"), &e))?;
+            Ok((generation, files::locate(dir, &owned)?.stamp(&owned)?))
+        })
+        .await?;
+        let served = serve(generation).await;
+        let before = {
+            let mut state = slot.lock();
+            state.generation = generation;
+            state.stamp = Some(stamp);
+            state.broken = None;
+            let now = served.as_ref().map_or_else(|_| Weak::new(), Arc::downgrade);
+            std::mem::replace(&mut state.resident, now)
+        };
+        if let Some(old) = before.upgrade() {
+            self.shared.engine.unload_adapter(old).await?;
+        }
+        tracing::info!(adapter = name, generation, "adapter published");
+        Ok(Published { generation, path: self.shared.dir.join(&name), not_resident: served.err() })
+    }
+
     async fn acquire_now(&self, name: &str) -> Result<AdapterHandle, AdapterError> {
         let slot = match self.slot(name) {
             Some(slot) => slot,
             // Only what exists gets a slot, so that names out of the air do not fill the memory.
             None => {
-                let (dir, owned) = (self.shared.dir.clone(), name.to_owned());
-                if !blocking(move || files::exists(&dir, &owned)).await? {
+                let (registry, owned) = (self.clone(), name.to_owned());
+                let exists = move || {
+                    let _whole = registry.shared.replacing.read().unwrap_or_else(PoisonError::into_inner);
+                    files::exists(&registry.shared.dir, &owned)
+                };
+                if !blocking(exists).await? {
                     return Err(AdapterError::NotFound { name: name.to_owned() });
                 }
                 self.new_slot(name)
@@ -136,8 +240,12 @@ impl Registry {
             return Ok(handle);
         }
         let (engine, owned) = (self.shared.engine.clone(), name.to_owned());
-        let read = blocking(move || located.load(&owned, &engine.info().sites)).await;
-        let (stamp, loaded) = match read {
+        let read = blocking(move || {
+            let (stamp, loaded) = located.load(&owned, &engine.info().sites)?;
+            let published = located.published(&owned, &stamp);
+            Ok((stamp, loaded, published))
+        });
+        let (stamp, loaded, published) = match read.await {
             Ok(read) => read,
             Err(error) => {
                 if let AdapterError::Invalid { reason, .. } = &error {
@@ -150,7 +258,7 @@ impl Registry {
             let fields = loaded.unknown_fields.join(", ");
             tracing::warn!(adapter = name, fields, "adapter_config.json sets fields that are not known here");
         }
-        let generation = slot.lock().generation_for(&stamp);
+        let generation = slot.lock().generation_for(&stamp, published);
         let weights = loaded.weights;
         let load = LoadAdapter { name: name.to_owned(), generation, weights };
         let handle = self.shared.engine.load_adapter(load).await.map_err(|error| match error {
@@ -204,7 +312,9 @@ impl Registry {
     fn with_state(&self, mut info: AdapterInfo, stamp: Option<&Stamp>) -> AdapterInfo {
         if let Some(slot) = self.slot(&info.name) {
             let state = slot.lock();
-            info.generation = (state.generation > 0).then_some(state.generation);
+            if state.generation > 0 {
+                info.generation = Some(state.generation);
+            }
             info.resident = state.resident.strong_count() > 0;
             if let (None, Some(stamp), Some((of, reason))) = (&info.error, stamp, &state.broken)
                 && of == stamp
@@ -240,9 +350,17 @@ impl State {
         (self.stamp.as_ref() == Some(stamp)).then(|| self.resident.upgrade()).flatten()
     }
 
-    /// The same generation for files that had only been evicted, the next one for others.
-    fn generation_for(&self, stamp: &Stamp) -> u64 {
-        if self.stamp.as_ref() == Some(stamp) { self.generation } else { self.generation + 1 }
+    /// The same generation for files that had only been evicted, the one they were published under if that was
+    /// before this process or in another, the next one for others.
+    fn generation_for(&self, stamp: &Stamp, published: Option<files::Published>) -> u64 {
+        match published {
+            _ if self.stamp.as_ref() == Some(stamp) => self.generation,
+            Some(files::Published { generation, untouched: true }) if generation > self.generation => {
+                generation
+            }
+            Some(files::Published { generation, .. }) => generation.max(self.generation) + 1,
+            None => self.generation + 1,
+        }
     }
 }
 

@@ -4,7 +4,9 @@
 mod bench;
 mod check_config;
 mod generate;
+mod merge;
 mod serve;
+mod train;
 
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -39,6 +41,10 @@ enum Command {
     Serve,
     /// Answer one prompt on the terminal
     Generate(generate::Args),
+    /// Train an adapter, without a server
+    Train(train::Args),
+    /// Write the model with an adapter's change in its weights, as a folder that transformers loads
+    Merge(merge::Args),
     /// Show the settings in force and what the model folder holds
     CheckConfig,
     /// Measure, and print the figures as JSON
@@ -64,6 +70,8 @@ fn run(line: CommandLine) -> anyhow::Result<()> {
     match line.command.unwrap_or(Command::Serve) {
         Command::Serve => serve::run(&settings),
         Command::Generate(args) => generate::run(&args, &settings),
+        Command::Train(args) => train::run(&args, &settings),
+        Command::Merge(args) => merge::run(&args, &settings),
         Command::CheckConfig => check_config::run(&settings),
         Command::Bench(args) => bench::run(args, settings),
     }

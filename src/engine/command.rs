@@ -229,6 +229,8 @@ pub(crate) enum Command {
     ForwardBackward(TrainerId, Box<TrainBatch>, bool, Reply<PassReport>),
     /// Take a step with the gradient of the passes since the last one.
     OptimStep(TrainerId, StepParameters, Reply<StepReport>),
+    /// Forget the gradient of the passes since the last step.
+    DiscardGradient(TrainerId, Reply<()>),
     /// Copy a trainer's state out.
     Snapshot(TrainerId, Reply<TrainerSnapshot>),
     /// Put a trainer's state back.

@@ -186,6 +186,9 @@ impl Engine {
                     stats.train_steps += 1;
                 });
             }
+            Command::DiscardGradient(id, reply) => {
+                let _ = reply.send(self.trainers.between_passes(id, |trainer| Ok(trainer.discard())));
+            }
             Command::Snapshot(id, reply) => {
                 let model = &self.model;
                 let _ = reply.send(self.trainers.between_passes(id, |trainer| trainer.snapshot(model)));

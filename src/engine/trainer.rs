@@ -176,6 +176,10 @@ impl Idle<'_> {
         self.0.step(by).map_err(device)
     }
 
+    pub(super) fn discard(&mut self) {
+        self.0.clear_gradients();
+    }
+
     pub(super) fn snapshot(&self, model: &Decoder) -> std::result::Result<TrainerSnapshot, EngineError> {
         if self.0.passes != 0 {
             return Err(EngineError::InvalidParameter {

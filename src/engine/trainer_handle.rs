@@ -96,6 +96,14 @@ impl Trainer {
         self.ask(|reply| Command::OptimStep(self.guard.id, parameters, reply)).await
     }
 
+    /// Forgets the gradient of the passes since the last step, as if they had not been.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub async fn discard_gradient(&self) -> Result<(), EngineError> {
+        self.ask(|reply| Command::DiscardGradient(self.guard.id, reply)).await
+    }
+
     /// Copies everything out, between two steps.
     ///
     /// # Errors

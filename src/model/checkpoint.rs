@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail};
 use candle_core::{DType, Device, Tensor};
 use memmap2::{Mmap, UncheckedAdvice};
-use safetensors::tensor::{Dtype as StoredType, Metadata, SafeTensors};
+use safetensors::tensor::{Dtype as StoredType, Metadata, SafeTensors, TensorView};
 
 /// The tensors of a model folder.
 pub struct Checkpoint {
@@ -121,6 +121,19 @@ impl Checkpoint {
         let tensor = Tensor::from_raw_buffer(bytes, stored.dtype, shape, &Device::Cpu)?;
         shard.give_back(from, to - from);
         Ok(tensor)
+    }
+
+    /// A tensor as it lies on disk, of whatever type and unchecked.
+    ///
+    /// # Errors
+    /// A name that is not there.
+    pub fn raw(&self, name: &str) -> Result<TensorView<'_>> {
+        let (shard, name) = self.locate(name)?;
+        let info = shard.header.info(name).ok_or_else(|| self.missing(name))?;
+        let (from, to) = (shard.data_start + info.data_offsets.0, shard.data_start + info.data_offsets.1);
+        let bytes = shard.map.get(from..to).with_context(|| format!("{}: {name}", shard.path.display()))?;
+        TensorView::new(info.dtype, info.shape.clone(), bytes)
+            .with_context(|| format!("{}: {name}", shard.path.display()))
     }
 
     fn locate(&self, name: &str) -> Result<(&Shard, &str)> {

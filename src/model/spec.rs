@@ -51,6 +51,26 @@ pub struct Spec {
     pub layer: LayerNames,
 }
 
+impl Spec {
+    /// Names of the linear layers that adapters can change, in the order of [`super::decoder::Decoder::sites`].
+    pub fn site_names(&self) -> Vec<String> {
+        let layer = &self.layer;
+        let mut parts = match layer.qkv {
+            Qkv::Separate(q, k, v) => vec![q, k, v],
+            Qkv::Fused(name) | Qkv::InterleavedByHead(name) => vec![name],
+        };
+        parts.push(layer.attention_out);
+        match layer.mlp {
+            Mlp::Gated { gate, up, down, .. } => parts.extend([gate, up, down]),
+            Mlp::FusedGated { gate_up, down, .. } => parts.extend([gate_up, down]),
+            Mlp::Plain { up, down, .. } => parts.extend([up, down]),
+        }
+        let prefix = self.names.layers;
+        let of_layer = |number| parts.iter().map(move |part| format!("{prefix}.{number}.{part}"));
+        (0..self.layers).flat_map(of_layer).collect()
+    }
+}
+
 /// Kinds of normalisation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NormKind {

@@ -1,8 +1,11 @@
 //! Teaching: the recipe that turns a source of records into a LoRA adapter. Flat asynchronous functions over the
 //! engine's trainer; nothing here touches the device, knows HTTP, or knows where jobs are kept.
 
+pub mod checkpoint;
 pub mod dataset;
 pub mod job;
+pub mod schedule;
+pub mod targets;
 mod template;
 
 use std::path::PathBuf;
