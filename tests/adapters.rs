@@ -32,6 +32,7 @@ fn engine_with(adapter_cache_bytes: u64) -> EngineHandle {
         max_queue: 64,
         prefill_chunk: 16,
         adapter_cache_bytes,
+        train_share: 0.5,
     };
     let tokenizer = Arc::new(Tokenizer::from_dir(&llama()).unwrap());
     EngineHandle::start(config, tokenizer).unwrap()

@@ -101,6 +101,7 @@ fn engine(dir: &Path, prefill_chunk: usize, max_batch: usize, quantize: Quantiza
         max_queue: 64,
         prefill_chunk,
         adapter_cache_bytes: 1 << 28,
+        train_share: 0.5,
     };
     let tokenizer = Arc::new(Tokenizer::from_dir(dir).expect("a tokenizer"));
     EngineHandle::start(config, tokenizer).unwrap_or_else(|e| panic!("{}: {e:#}", dir.display()))

@@ -66,6 +66,7 @@ impl Server {
             max_queue: limits.max_queue,
             prefill_chunk: 64,
             adapter_cache_bytes: 64 << 20,
+            train_share: 0.5,
         };
         let engine = EngineHandle::start(config, tokenizer.clone()).expect("the engine starts");
         let state = AppState {
