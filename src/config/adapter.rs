@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::data::Template;
+
 /// Every setting of a training job, resolved and in its range.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -88,22 +90,6 @@ pub enum Checkpointing {
     Recompute,
     /// All.
     Keep,
-}
-
-/// How a record becomes a text.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Template {
-    /// From the fields of the first record.
-    Auto,
-    /// `prompt` and `completion`.
-    PromptCompletion,
-    /// `messages`, through the model's chat template.
-    Chat,
-    /// `text`.
-    Text,
-    /// `source` and `target`, with the languages' names.
-    Translation,
 }
 
 /// A field that cannot be used, and what would do instead.

@@ -1,13 +1,81 @@
-//! Data from where it lies: streams of records to train on, and model files from a hub.
+//! Data from where it lies: streams of records to train on, and model files from a hub. Knows nothing of what the
+//! records are for.
 
+mod decode;
+mod http;
 pub mod hub;
+mod local;
+mod source;
+mod stream;
+#[cfg(test)]
+mod tests;
 
-use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::sync::Arc;
 
-/// A source of records, as the connectors file describes it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SourceConfig {}
+use serde_json::{Map, Value};
+
+pub use self::source::{FIELD_NAMES, Format, Location, SourceConfig, Template};
+pub use self::stream::{BadRows, Cursor, RecordStream};
+
+/// One record: a row, an object, a line of text.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Record {
+    /// Names and values, in the order they came.
+    pub fields: Map<String, Value>,
+    /// Where it stood.
+    pub place: Place,
+}
+
+impl Record {
+    /// The value at a path: the field of exactly this name, else step by step into nested objects, as in
+    /// `translation.hi`, and lists, as in `answers.0`.
+    pub fn at(&self, path: &str) -> Option<&Value> {
+        if let Some(value) = self.fields.get(path) {
+            return Some(value);
+        }
+        let mut steps = path.split('.');
+        let first = self.fields.get(steps.next()?)?;
+        steps.try_fold(first, |value, step| match value {
+            Value::Object(fields) => fields.get(step),
+            Value::Array(items) => items.get(step.parse::<usize>().ok()?),
+            _ => None,
+        })
+    }
+}
+
+/// Where a record stands in its source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// File or address.
+    pub object: Arc<str>,
+    /// Line, or element of a JSON array; from 1.
+    pub row: Row,
+}
+
+/// How rows are counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Row {
+    /// Lines of the decompressed file.
+    Line(u64),
+    /// Elements of an array.
+    Element(u64),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, {}", self.object, self.row)
+    }
+}
+
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Line(line) => write!(f, "line {line}"),
+            Self::Element(element) => write!(f, "element {element}"),
+        }
+    }
+}
 
 /// Why a source gives no more records.
 #[derive(Debug, Clone, thiserror::Error)]

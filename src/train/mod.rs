@@ -1,6 +1,7 @@
 //! Teaching: the recipe that turns a source of records into a LoRA adapter. Flat asynchronous functions over the
 //! engine's trainer; nothing here touches the device, knows HTTP, or knows where jobs are kept.
 
+pub mod dataset;
 pub mod job;
 
 use std::path::PathBuf;
