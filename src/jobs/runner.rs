@@ -60,8 +60,20 @@ struct Shared {
     /// True once no job begins any more.
     stopping: watch::Sender<bool>,
     reports: Mutex<Option<mpsc::UnboundedSender<Message>>>,
-    /// Dispatcher and writer.
-    tasks: Mutex<Option<[JoinHandle<()>; 2]>>,
+    tasks: Mutex<Option<Tasks>>,
+}
+
+/// The two tasks, cut where they are when this is dropped.
+struct Tasks {
+    dispatcher: JoinHandle<()>,
+    writer: JoinHandle<()>,
+}
+
+impl Drop for Tasks {
+    fn drop(&mut self) {
+        self.dispatcher.abort();
+        self.writer.abort();
+    }
 }
 
 /// One job as its work sees it.
@@ -163,7 +175,7 @@ impl Jobs {
         let shared = self.shared.clone();
         let writer = tokio::spawn(writer::run(shared.store.clone(), inbox, move |job| shared.wake(job)));
         let dispatcher = tokio::spawn(self.shared.clone().dispatch(kinds));
-        *self.shared.tasks() = Some([dispatcher, writer]);
+        *self.shared.tasks() = Some(Tasks { dispatcher, writer });
         Ok(())
     }
 
@@ -177,15 +189,14 @@ impl Jobs {
         }
         // The writer ends with the last sender: this one, or that of the last job.
         drop(self.shared.reports().take());
-        let Some([mut dispatcher, mut writer]) = self.shared.tasks().take() else { return };
-        if tokio::time::timeout(grace, &mut dispatcher).await.is_err() {
+        let Some(mut tasks) = self.shared.tasks().take() else { return };
+        if tokio::time::timeout(grace, &mut tasks.dispatcher).await.is_err() {
             let jobs = self.shared.running().len();
             tracing::warn!(jobs, "jobs did not pause in time; they go on from their last checkpoints");
-            dispatcher.abort();
+            tasks.dispatcher.abort();
         }
-        if tokio::time::timeout(LAST_WRITE, &mut writer).await.is_err() {
-            writer.abort();
-        }
+        // An error means that it took too long: then it is cut as this returns.
+        let _ = tokio::time::timeout(LAST_WRITE, &mut tasks.writer).await;
     }
 
     /// Closes the store, once requests are through.
@@ -195,9 +206,10 @@ impl Jobs {
         }
     }
 
-    /// Where a job keeps what it needs to go on.
-    pub fn folder(&self, id: &str) -> PathBuf {
-        self.shared.folder(id)
+    /// The folder in which a job has one of its own, named by its id, for what it needs to go on. Made by whoever
+    /// needs it.
+    pub fn dir(&self) -> PathBuf {
+        jobs_dir(&self.shared.settings.data_dir)
     }
 
     /// Uploaded files.
@@ -510,7 +522,7 @@ impl Shared {
         self.watched.lock().expect("no holder of the watched lock panics")
     }
 
-    fn tasks(&self) -> MutexGuard<'_, Option<[JoinHandle<()>; 2]>> {
+    fn tasks(&self) -> MutexGuard<'_, Option<Tasks>> {
         self.tasks.lock().expect("no holder of the tasks lock panics")
     }
 

@@ -283,7 +283,7 @@ async fn old_jobs_are_forgotten_with_their_folders() {
         ids.push(id);
     }
     let settled = async {
-        while jobs.get(&ids[2]).await.is_ok() || jobs.folder(&ids[2]).exists() {
+        while jobs.get(&ids[2]).await.is_ok() || jobs.dir().join(&ids[2]).exists() {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
