@@ -1,5 +1,5 @@
-//! `gurukul check-config`: the resolved settings on stdout, then what the model's folder holds. Loads no
-//! weights and opens no port.
+//! `gurukul check-config`: the resolved settings on stdout, then the files for training, then what the model's
+//! folder holds. Loads no weights, opens no port and no source.
 
 use std::io::Write as _;
 use std::path::Path;
@@ -8,6 +8,8 @@ use anyhow::Context as _;
 
 use crate::app::{self, CannotStart};
 use crate::config::Settings;
+use crate::config::adapter::{self, AdapterConfig};
+use crate::config::connectors::{self, Connectors};
 use crate::model::load;
 use crate::model::tokenizer::Tokenizer;
 
@@ -15,6 +17,7 @@ pub(super) fn run(settings: &Settings) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "# Settings in force, as a configs/server.yaml; the comments say where each comes from.")?;
     write!(out, "{}", settings.to_yaml())?;
+    writeln!(out, "\n{}", describe_training(settings)?)?;
     if settings.model.is_none() {
         writeln!(out, "\n# No model is named: gurukul serve would stop here. Use --model.")?;
         return Ok(());
@@ -23,6 +26,24 @@ pub(super) fn run(settings: &Settings) -> anyhow::Result<()> {
     let summary = describe(&folder).with_context(|| format!("{}", folder.display())).context(CannotStart)?;
     writeln!(out, "\n# The model's folder\nfolder: {}\n{summary}", folder.display())?;
     Ok(())
+}
+
+/// That the files for training can be used, and the sources that they name, as comments.
+fn describe_training(settings: &Settings) -> anyhow::Result<String> {
+    let folder = &settings.configs_dir;
+    let of = |name: &str| format!("{}", folder.join(name).display());
+    AdapterConfig::load(folder, None, &serde_json::Map::new()).with_context(|| of(adapter::FILE_NAME))?;
+    let connectors = Connectors::load(folder, None).with_context(|| of(connectors::FILE_NAME))?;
+    let mut sources = Vec::new();
+    for name in connectors.names() {
+        sources.push(format!("{name} ({})", connectors.source(name)?.kind()));
+    }
+    let sources = if sources.is_empty() { "none".into() } else { sources.join(", ") };
+    Ok(format!(
+        "# {}: can be used\n# {}: can be used; sources: {sources}",
+        of(adapter::FILE_NAME),
+        of(connectors::FILE_NAME)
+    ))
 }
 
 /// Family, size and tokenizer of a model folder, as YAML.

@@ -2,6 +2,8 @@
 //! Everything after start-up takes resolved settings. This module opens no model and no socket.
 
 pub mod adapter;
+pub mod connectors;
+mod named;
 pub mod origin;
 pub mod server;
 pub mod size;

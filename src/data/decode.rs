@@ -194,10 +194,7 @@ pub(super) fn format_of_name(name: &str) -> Option<Format> {
 /// The first byte that is no white space, which stays to be read. What precedes it is taken.
 fn first_character(reader: &mut impl BufRead, row_bytes: &Cell<u64>) -> io::Result<Option<u8>> {
     loop {
-        let buffer = match reader.fill_buf() {
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-            other => other?,
-        };
+        let buffer = reader.fill_buf()?;
         if buffer.is_empty() {
             return Ok(None);
         }
@@ -223,7 +220,13 @@ impl<R: Read> Read for Counted<R> {
         if self.bytes.get() > self.limit {
             return Err(io::Error::other(TooLong));
         }
-        let n = self.inner.read(buffer)?;
+        // Not every decoder above tries again when a signal came in between.
+        let n = loop {
+            match self.inner.read(buffer) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                other => break other?,
+            }
+        };
         self.bytes.set(self.bytes.get().saturating_add(n as u64));
         Ok(n)
     }
@@ -240,7 +243,10 @@ fn object_of_line(line: &str) -> Result<Map<String, Value>, String> {
         // The row is named by its place in the file; serde's own count of lines would contradict it.
         let text = error.to_string();
         let reason = text.split(" at line ").next().unwrap_or(&text);
-        format!("no JSON object: {reason}, column {}", error.column())
+        match error.column() {
+            0 => format!("no JSON object: {reason}"),
+            column => format!("no JSON object: {reason}, column {column}"),
+        }
     })
 }
 
@@ -282,10 +288,7 @@ fn decode_lines(
 fn skip_line(reader: &mut impl BufRead, row_bytes: &Cell<u64>) -> io::Result<()> {
     loop {
         row_bytes.set(0);
-        let buffer = match reader.fill_buf() {
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-            other => other?,
-        };
+        let buffer = reader.fill_buf()?;
         let end = buffer.iter().position(|&b| b == b'\n');
         let taken = end.map_or(buffer.len(), |at| at + 1);
         reader.consume(taken);

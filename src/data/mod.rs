@@ -28,6 +28,11 @@ pub struct Record {
 }
 
 impl Record {
+    /// About how many bytes the record takes.
+    pub fn bytes(&self) -> usize {
+        self.fields.iter().map(|(name, value)| name.len() + bytes_of(value)).sum()
+    }
+
     /// The value at a path: the field of exactly this name, else step by step into nested objects, as in
     /// `translation.hi`, and lists, as in `answers.0`.
     pub fn at(&self, path: &str) -> Option<&Value> {
@@ -41,6 +46,15 @@ impl Record {
             Value::Array(items) => items.get(step.parse::<usize>().ok()?),
             _ => None,
         })
+    }
+}
+
+fn bytes_of(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len(),
+        Value::Array(items) => items.iter().map(|item| 32 + bytes_of(item)).sum(),
+        Value::Object(fields) => fields.iter().map(|(name, value)| 64 + name.len() + bytes_of(value)).sum(),
+        _ => 8,
     }
 }
 

@@ -195,6 +195,10 @@ impl Stream for RecordStream {
                         self.pass -= 1;
                         continue;
                     }
+                    // It may be this row with which there are enough to judge by.
+                    if let Some(message) = self.rows.too_many(false) {
+                        return self.end_with(message);
+                    }
                     self.cursor.records += 1;
                     return Poll::Ready(Some(Ok(record)));
                 }
@@ -309,8 +313,9 @@ impl Reader {
             let place = Place { object: object.clone(), row };
             match found {
                 Found::Record(fields) => {
-                    let bytes = fields.iter().map(|(name, value)| name.len() + size_of_value(value)).sum();
-                    batch.push(Message::Record(Record { fields, place }), bytes)
+                    let record = Record { fields, place };
+                    let bytes = record.bytes();
+                    batch.push(Message::Record(record), bytes)
                 }
                 Found::Bad(reason) => batch.push(Message::Bad(format!("{place}: {reason}")), reason.len()),
             }
@@ -319,17 +324,5 @@ impl Reader {
             Some(row) => format!("{}: {message}", Place { object: object.clone(), row }),
             None => format!("{object}: {message}"),
         })
-    }
-}
-
-/// About how many bytes a value takes.
-fn size_of_value(value: &serde_json::Value) -> usize {
-    match value {
-        serde_json::Value::String(text) => text.len(),
-        serde_json::Value::Array(items) => items.iter().map(|item| 32 + size_of_value(item)).sum(),
-        serde_json::Value::Object(fields) => {
-            fields.iter().map(|(name, value)| 64 + name.len() + size_of_value(value)).sum()
-        }
-        _ => 8,
     }
 }

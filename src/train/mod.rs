@@ -3,6 +3,7 @@
 
 pub mod dataset;
 pub mod job;
+mod template;
 
 use std::path::PathBuf;
 use std::sync::Arc;
