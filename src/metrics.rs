@@ -25,6 +25,12 @@ const FINISHED: &str = "gurukul_engine_requests_finished_total";
 const CANCELLED: &str = "gurukul_engine_requests_cancelled_total";
 const ADAPTERS: &str = "gurukul_engine_adapters_resident";
 const ADAPTER_BYTES: &str = "gurukul_engine_adapter_bytes";
+const TRAIN_PIECE: &str = "gurukul_engine_training_piece_seconds";
+const TRAIN_BUSY: &str = "gurukul_engine_training_seconds";
+const TRAIN_TOKENS: &str = "gurukul_engine_training_tokens_total";
+const TRAIN_STEPS: &str = "gurukul_engine_training_steps_total";
+const TRAINERS: &str = "gurukul_engine_trainers";
+const TRAIN_SHARE: &str = "gurukul_engine_training_share";
 const JOBS: &str = "gurukul_jobs";
 const TRAINING_RATE: &str = "gurukul_training_tokens_per_second";
 const TRAINING_STEP: &str = "gurukul_training_step";
@@ -91,6 +97,12 @@ fn describe() {
     describe_counter!(CANCELLED, "Requests whose client left");
     describe_gauge!(ADAPTERS, "Adapters on the device");
     describe_gauge!(ADAPTER_BYTES, Unit::Bytes, "Bytes of the adapters on the device");
+    describe_histogram!(TRAIN_PIECE, Unit::Seconds, "Pieces of training between two steps of serving");
+    describe_gauge!(TRAIN_BUSY, Unit::Seconds, "Time inside training since the start");
+    describe_counter!(TRAIN_TOKENS, "Tokens of finished training passes");
+    describe_counter!(TRAIN_STEPS, "Optimizer steps");
+    describe_gauge!(TRAINERS, "Trainers that hold memory");
+    describe_gauge!(TRAIN_SHARE, "Share of the time that training gets while requests run");
     describe_gauge!(JOBS, "Jobs that are remembered, by state");
     describe_gauge!(UPTIME, Unit::Seconds, "Time since the start");
     describe_gauge!(RESIDENT_SET, Unit::Bytes, "Bytes of the process in main memory");
@@ -133,6 +145,11 @@ pub fn answer_finished(queue_s: f64, first_token_s: f64, total_s: f64) {
     histogram!(TOTAL_TIME).record(total_s);
 }
 
+/// The engine did one piece of training.
+pub fn training_piece(seconds: f64) {
+    histogram!(TRAIN_PIECE).record(seconds);
+}
+
 /// What the engine knows of itself at one moment. Counts are since its start.
 #[derive(Debug, Clone)]
 pub struct EngineSnapshot {
@@ -162,6 +179,16 @@ pub struct EngineSnapshot {
     pub adapters: usize,
     /// Their bytes.
     pub adapter_bytes: u64,
+    /// Seconds inside training.
+    pub training_s: f64,
+    /// Tokens of finished training passes.
+    pub training_tokens: u64,
+    /// Optimizer steps.
+    pub training_steps: u64,
+    /// Trainers that hold memory.
+    pub trainers: usize,
+    /// Share of the time that training gets while requests run.
+    pub training_share: f64,
 }
 
 /// Shows a snapshot of the engine.
@@ -179,6 +206,11 @@ pub fn engine(snapshot: &EngineSnapshot) {
     counter!(CANCELLED).absolute(snapshot.cancelled);
     gauge!(ADAPTERS).set(snapshot.adapters as f64);
     gauge!(ADAPTER_BYTES).set(snapshot.adapter_bytes as f64);
+    gauge!(TRAIN_BUSY).set(snapshot.training_s);
+    counter!(TRAIN_TOKENS).absolute(snapshot.training_tokens);
+    counter!(TRAIN_STEPS).absolute(snapshot.training_steps);
+    gauge!(TRAINERS).set(snapshot.trainers as f64);
+    gauge!(TRAIN_SHARE).set(snapshot.training_share);
 }
 
 /// Shows how many jobs are in each state.

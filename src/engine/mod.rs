@@ -159,6 +159,8 @@ pub struct ModelInfo {
     pub max_batch: usize,
     /// `--max-queue`.
     pub max_queue: usize,
+    /// `--train-share`.
+    pub train_share: f64,
 }
 
 /// A moment of the engine, refreshed after every step and readable without waiting for one.

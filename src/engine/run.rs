@@ -18,6 +18,7 @@ use super::trainer::{Piece, Trainers};
 use super::training::{TrainerSpec, TrainingPlan};
 use super::training_plan::{Circumstances, plan};
 use super::{EngineConfig, EngineError, EngineStats, LoadAdapter, ModelInfo};
+use crate::metrics;
 use crate::model::decoder::{Batch, Decoder};
 use crate::model::load::{device_name, inspect, load};
 use crate::model::tokenizer::Tokenizer;
@@ -120,6 +121,7 @@ impl Engine {
             sites: Arc::new(model.sites().to_vec()),
             max_batch: config.max_batch,
             max_queue: config.max_queue,
+            train_share: config.train_share,
         };
         let limits = Limits {
             max_batch: config.max_batch,
@@ -172,6 +174,7 @@ impl Engine {
             Command::CreateTrainer(id, spec, reply) => {
                 let plan = self.plan_training(&spec);
                 let created = plan.and_then(|plan| self.trainers.create(id, *spec, plan, &self.model));
+                self.publish(|stats, engine| stats.trainers = engine.trainers.count());
                 let _ = reply.send(created);
             }
             Command::ForwardBackward(id, batch, with_gradient, reply) => {
@@ -209,7 +212,10 @@ impl Engine {
                 let _ = reply.send(published);
                 self.publish(|stats, engine| stats.adapters = engine.adapters.list());
             }
-            Command::DropTrainer(id) => self.trainers.forget(id),
+            Command::DropTrainer(id) => {
+                self.trainers.forget(id);
+                self.publish(|stats, engine| stats.trainers = engine.trainers.count());
+            }
         }
     }
 
@@ -275,12 +281,12 @@ impl Engine {
             Piece::default()
         });
         let seconds = began.elapsed().as_secs_f64();
-        self.publish(|stats, engine| {
+        metrics::training_piece(seconds);
+        self.publish(|stats, _| {
             stats.train_s += seconds;
             stats.train_pieces += 1;
             stats.longest_train_piece_s = stats.longest_train_piece_s.max(seconds);
             stats.train_tokens += piece.tokens as u64;
-            stats.trainers = engine.trainers.count();
         });
         seconds
     }

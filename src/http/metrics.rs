@@ -35,6 +35,11 @@ pub(super) async fn render(State(state): State<AppState>) -> impl IntoResponse {
         cancelled: stats.cancelled,
         adapters: stats.adapters.len(),
         adapter_bytes: stats.adapters.iter().map(|(_, _, bytes)| bytes).sum(),
+        training_s: stats.train_s,
+        training_tokens: stats.train_tokens,
+        training_steps: stats.train_steps,
+        trainers: stats.trainers,
+        training_share: info.train_share,
     });
     metrics::process(state.started.elapsed().as_secs_f64(), resident_set_bytes());
     let running = match jobs(&state).await {

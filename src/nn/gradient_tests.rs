@@ -9,7 +9,7 @@ use super::Activation;
 use super::attention::{AttentionSpec, alibi_slopes, attend_rows, attend_rows_backward};
 use super::linear::Linear;
 use super::lora::TrainSite;
-use super::loss::{Positions, TokenLoss};
+use super::loss::{LossChunk, Outcome, Positions, TokenLoss};
 use super::norm::Norm;
 use super::ops::composed;
 use super::ops::dropout::Dropout;
@@ -186,23 +186,35 @@ fn linear_layers_with_adapters_and_dropout() -> Result<()> {
 
 #[test]
 fn the_loss_of_some_positions() -> Result<()> {
+    // More words than one band holds.
     let (hidden_size, vocabulary, count) = (24, 301, 9);
     let head = Linear::new(Weight::dense(noise((vocabulary, hidden_size), 1))?, None, None);
     let hidden = noise((count, hidden_size), 2);
     let targets: Vec<u32> = (0..count as u32).map(|i| i * 33).collect();
     let weights: Vec<f32> = (0..count).map(|i| 0.25 * i as f32).collect();
     let positions = Positions {
-        targets: &targets,
-        weights: &weights,
+        targets: targets.clone(),
+        weights: weights.clone(),
         loss: TokenLoss::CrossEntropy,
         logits_divisor: 1.5,
         gradient_scale: Some(1.0),
     };
-    let outcome = positions.through(&hidden, &head)?;
+    let through = |positions: &Positions, hidden: &Tensor| -> Result<Outcome> {
+        let mut chunk = LossChunk::new(positions.clone(), hidden.clone(), &head);
+        let mut pieces = 0;
+        loop {
+            pieces += 1;
+            assert!(pieces < 100, "it ends");
+            if let Some(outcome) = chunk.advance(&head)? {
+                return Ok(outcome);
+            }
+        }
+    };
+    let outcome = through(&positions, &hidden)?;
     let one = Tensor::ones(1, DType::F32, &Device::Cpu)?;
     let gradient = outcome.gradient.clone().expect("asked for");
     slope_is_right("loss", &hidden, &gradient, &one, |x| {
-        Tensor::from_vec(vec![positions.through(x, &head)?.loss_sum as f32], 1, &Device::Cpu)
+        Tensor::from_vec(vec![through(&positions, x)?.loss_sum as f32], 1, &Device::Cpu)
     })?;
     let exact = candle_nn::ops::log_softmax(&(hidden.matmul(&head.weight().to_f32()?.t()?)? / 1.5)?, 1)?;
     let exact = exact.to_vec2::<f32>()?;
@@ -212,10 +224,10 @@ fn the_loss_of_some_positions() -> Result<()> {
         sum -= weight as f64 * exact[i][target as usize] as f64;
     }
     assert!((sum - outcome.loss_sum).abs() < 1e-4, "{sum} and {}", outcome.loss_sum);
-    let other = composed(|| positions.through(&hidden, &head))?;
+    let other = composed(|| through(&positions, &hidden))?;
     close(&gradient, &other.gradient.expect("asked for"), 1e-5, "loss");
     assert!(outcome.logprobs.iter().zip(&other.logprobs).all(|(a, b)| (a - b).abs() < 1e-5));
-    let alone = Positions { gradient_scale: None, ..positions }.through(&hidden, &head)?;
+    let alone = through(&Positions { gradient_scale: None, ..positions }, &hidden)?;
     assert!(alone.gradient.is_none() && alone.logprobs == outcome.logprobs);
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! The linear layer: one base weight in whatever format, one optional bias, and what adapters add.
 
+use std::ops::Range;
+
 use candle_core::{DType, Result, Tensor};
 
 use super::add_scaled;
@@ -109,10 +111,10 @@ impl Linear {
         thinned.matmul(&site.a.to_dtype(x.dtype())?.t()?)? * site.scale
     }
 
-    /// x·Wᵀ + b of many rows by our kernel, for whoever needs the numbers and no tensor.
-    pub(crate) fn train_product(&self, x: &[f32]) -> Result<Vec<f32>> {
+    /// Some columns of x·Wᵀ + b by our kernel: for the rows `band` of W, `[m, band.len()]`.
+    pub(crate) fn band_product(&self, x: &[f32], band: Range<usize>) -> Result<Vec<f32>> {
         let bias = self.bias.as_ref().map(f32_view).transpose()?;
-        self.weight.train_product(x, None, bias.as_deref())
+        self.weight.band_product(x, band.clone(), bias.as_deref().map(|bias| &bias[band]))
     }
 
     /// The way back: from the gradient by y, the gradient by x (unless nobody needs it) and by the adapter. The

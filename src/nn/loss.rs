@@ -36,11 +36,12 @@ pub(crate) struct Outcome {
 }
 
 /// Positions to work on together.
-pub(crate) struct Positions<'a> {
+#[derive(Debug, Clone)]
+pub(crate) struct Positions {
     /// Token that each should predict.
-    pub(crate) targets: &'a [u32],
+    pub(crate) targets: Vec<u32>,
     /// Weight of each one's loss.
-    pub(crate) weights: &'a [f32],
+    pub(crate) weights: Vec<f32>,
     /// The loss.
     pub(crate) loss: TokenLoss,
     /// What logits are divided by.
@@ -49,82 +50,195 @@ pub(crate) struct Positions<'a> {
     pub(crate) gradient_scale: Option<f64>,
 }
 
-impl Positions<'_> {
-    /// Log-probabilities, loss and gradient from normed hidden states `[positions, hidden]` and the output head.
-    pub(crate) fn through(&self, hidden: &Tensor, head: &Linear) -> Result<Outcome> {
-        if has_kernels(hidden.device()) {
-            return self.by_kernel(hidden, head);
+/// Multiply-adds of one piece of the work; few in unit tests, so that small vocabularies take several.
+const PIECE: usize = if cfg!(test) { 1 } else { 1_500_000_000 };
+
+/// Some positions on their way from normed hidden states `[positions, hidden]` through the output head and back,
+/// a band of the vocabulary at a time. The bands follow from the shapes, so no result depends on what happens
+/// between two pieces.
+pub(crate) struct LossChunk {
+    positions: Positions,
+    hidden: Tensor,
+    /// Words of each band.
+    band: usize,
+    /// Of each band that is done, `[positions, words]`: logits at first, exponentials when all are there.
+    bands: Vec<Vec<f32>>,
+    most: Vec<f32>,
+    logprobs: Vec<f32>,
+    sums: Vec<f32>,
+    loss_sum: f64,
+    /// Derivative of each position's share of the loss by its target's logit.
+    slopes: Vec<f32>,
+    gradient: Vec<f32>,
+    stage: Stage,
+}
+
+/// What a chunk does next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Logits(usize),
+    Sums,
+    Back(usize),
+}
+
+impl LossChunk {
+    pub(crate) fn new(positions: Positions, hidden: Tensor, head: &Linear) -> Self {
+        let count = positions.targets.len();
+        let per_word = (count * head.weight().columns()).max(1);
+        let band = (PIECE / per_word).max(256).next_multiple_of(32).min(head.weight().rows().max(1));
+        Self {
+            positions,
+            hidden,
+            band,
+            bands: Vec::new(),
+            most: vec![f32::NEG_INFINITY; count],
+            logprobs: vec![0.0; count],
+            sums: vec![0.0; count],
+            loss_sum: 0.0,
+            slopes: Vec::new(),
+            gradient: Vec::new(),
+            stage: Stage::Logits(0),
         }
+    }
+
+    /// Does one piece; gives the outcome with the last.
+    pub(crate) fn advance(&mut self, head: &Linear) -> Result<Option<Outcome>> {
+        if !has_kernels(self.hidden.device()) {
+            return self.positions.composed(&self.hidden, head).map(Some);
+        }
+        let vocabulary = head.weight().rows();
+        let words = |band: usize| band * self.band..((band + 1) * self.band).min(vocabulary);
+        match self.stage {
+            Stage::Logits(band) => {
+                let words = words(band);
+                let logits = head.band_product(&f32_view(&self.hidden)?, words.clone())?;
+                self.take(logits, words.len());
+                let more = words.end < vocabulary;
+                self.stage = if more { Stage::Logits(band + 1) } else { Stage::Sums };
+                Ok(None)
+            }
+            Stage::Sums => {
+                self.exponentials();
+                let (loss_sum, slopes) = self.positions.losses(&self.logprobs);
+                (self.loss_sum, self.slopes) = (loss_sum, slopes);
+                if self.positions.gradient_scale.is_none() {
+                    return Ok(Some(self.outcome(None)));
+                }
+                self.gradient = vec![0.0; self.hidden.elem_count()];
+                self.stage = Stage::Back(0);
+                Ok(None)
+            }
+            Stage::Back(band) => {
+                let words = words(band);
+                let by_logits = self.by_logits(band, words.clone());
+                let part = head.weight().band_back_product(&by_logits, words.clone())?;
+                add(&mut self.gradient, &part);
+                if words.end < vocabulary {
+                    self.stage = Stage::Back(band + 1);
+                    return Ok(None);
+                }
+                let gradient = std::mem::take(&mut self.gradient);
+                let gradient = Tensor::from_vec(gradient, self.hidden.shape(), self.hidden.device())?;
+                Ok(Some(self.outcome(Some(gradient))))
+            }
+        }
+    }
+
+    fn outcome(&mut self, gradient: Option<Tensor>) -> Outcome {
+        let logprobs = std::mem::take(&mut self.logprobs);
+        Outcome { logprobs, loss_sum: self.loss_sum, gradient }
+    }
+
+    /// Keeps a band's logits, and the largest that each position has seen.
+    #[expect(unsafe_code, reason = "threads write disjoint rows")]
+    fn take(&mut self, mut logits: Vec<f32>, words: usize) {
+        let inverse = (1.0 / self.positions.logits_divisor) as f32;
+        let (all, to_most) = (Shared::new(&mut logits), Shared::new(&mut self.most));
+        parallel(self.logprobs.len(), 4 * self.logprobs.len() * words, |rows| {
+            for row in rows {
+                // SAFETY: each thread has its own rows.
+                let (logits, most) =
+                    unsafe { (all.part(row * words..(row + 1) * words), to_most.part(row..row + 1)) };
+                most[0] = largest(logits, inverse, most[0]);
+            }
+        });
+        self.bands.push(logits);
+    }
+
+    /// Turns all logits into exponentials, and gets each position's log-probability and sum.
+    #[expect(unsafe_code, reason = "threads write disjoint rows")]
+    fn exponentials(&mut self) {
+        let count = self.logprobs.len();
+        let (band, most, targets) = (self.band, &self.most, &self.positions.targets);
+        let (to_logprobs, to_sums) = (Shared::new(&mut self.logprobs), Shared::new(&mut self.sums));
+        for (number, logits) in self.bands.iter_mut().enumerate() {
+            let words = logits.len() / count.max(1);
+            let all = Shared::new(logits);
+            parallel(count, 16 * count * words, |rows| {
+                for row in rows {
+                    // SAFETY: each thread has its own rows.
+                    let (logits, logprob, sum) = unsafe {
+                        (
+                            all.part(row * words..(row + 1) * words),
+                            to_logprobs.part(row..row + 1),
+                            to_sums.part(row..row + 1),
+                        )
+                    };
+                    let target = targets[row] as usize;
+                    if target / band == number {
+                        logprob[0] = logits[target % band] - most[row];
+                    }
+                    sum[0] += exponentials(logits, most[row]);
+                }
+            });
+        }
+        for (logprob, sum) in self.logprobs.iter_mut().zip(&self.sums) {
+            *logprob -= sum.ln();
+        }
+    }
+
+    /// Takes a band's exponentials and makes them the gradient by its logits.
+    #[expect(unsafe_code, reason = "threads write disjoint rows")]
+    fn by_logits(&mut self, band: usize, words: std::ops::Range<usize>) -> Vec<f32> {
+        let inverse = (1.0 / self.positions.logits_divisor) as f32;
+        let mut by_logits = std::mem::take(&mut self.bands[band]);
+        let all = Shared::new(&mut by_logits);
+        parallel(self.slopes.len(), 4 * self.slopes.len() * words.len(), |rows| {
+            for row in rows {
+                // SAFETY: each thread has its own rows.
+                let by_logits = unsafe { all.part(row * words.len()..(row + 1) * words.len()) };
+                let slope = self.slopes[row] * inverse;
+                scale(by_logits, -slope / self.sums[row]);
+                let target = self.positions.targets[row] as usize;
+                if words.contains(&target) {
+                    by_logits[target - words.start] += slope;
+                }
+            }
+        });
+        by_logits
+    }
+}
+
+impl Positions {
+    /// All of it by candle's operations.
+    fn composed(&self, hidden: &Tensor, head: &Linear) -> Result<Outcome> {
         let inverse = 1.0 / self.logits_divisor;
         let (y, _) = head.train_forward(hidden, None, None)?;
         let logits = (y.to_dtype(DType::F32)? * inverse)?;
-        let targets = Tensor::new(self.targets, hidden.device())?.unsqueeze(1)?;
+        let targets = Tensor::new(self.targets.as_slice(), hidden.device())?.unsqueeze(1)?;
         let centred = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?)?;
         let exponentials = centred.exp()?;
         let sums = exponentials.sum_keepdim(D::Minus1)?;
         let logprobs = (centred.gather(&targets, D::Minus1)? - sums.log()?)?.squeeze(1)?.to_vec1::<f32>()?;
         let (loss_sum, slopes) = self.losses(&logprobs);
-        let gradient = match self.gradient_scale {
-            None => None,
-            Some(_) => {
-                let slopes = (Tensor::new(slopes, hidden.device())?.unsqueeze(1)? * inverse)?;
-                let spread = exponentials.broadcast_div(&sums)?.broadcast_mul(&slopes.neg()?)?;
-                let by_logits = spread.scatter_add(&targets, &slopes, D::Minus1)?;
-                let (dx, _) = head.train_backward(
-                    hidden,
-                    None,
-                    &by_logits.to_dtype(hidden.dtype())?,
-                    None,
-                    None,
-                    true,
-                )?;
-                dx
-            }
-        };
-        Ok(Outcome { logprobs, loss_sum, gradient })
-    }
-
-    #[expect(unsafe_code, reason = "threads write disjoint rows")]
-    fn by_kernel(&self, hidden: &Tensor, head: &Linear) -> Result<Outcome> {
-        let vocabulary = head.weight().rows();
-        let inverse = (1.0 / self.logits_divisor) as f32;
-        let mut logits = head.train_product(&f32_view(hidden)?)?;
-        let count = self.targets.len();
-        let (mut logprobs, mut sums) = (vec![0f32; count], vec![0f32; count]);
-        {
-            let all = Shared::new(&mut logits);
-            let (to_logprobs, to_sums) = (Shared::new(&mut logprobs), Shared::new(&mut sums));
-            parallel(count, 16 * count * vocabulary, |rows| {
-                for row in rows {
-                    // SAFETY: each thread has its own rows.
-                    let (logits, logprob, sum) = unsafe {
-                        (
-                            all.part(row * vocabulary..(row + 1) * vocabulary),
-                            to_logprobs.part(row..row + 1),
-                            to_sums.part(row..row + 1),
-                        )
-                    };
-                    (logprob[0], sum[0]) = exponentials(logits, self.targets[row] as usize, inverse);
-                }
-            });
-        }
-        let (loss_sum, slopes) = self.losses(&logprobs);
         if self.gradient_scale.is_none() {
             return Ok(Outcome { logprobs, loss_sum, gradient: None });
         }
-        let all = Shared::new(&mut logits);
-        parallel(count, 4 * count * vocabulary, |rows| {
-            for row in rows {
-                // SAFETY: each thread has its own rows.
-                let by_logits = unsafe { all.part(row * vocabulary..(row + 1) * vocabulary) };
-                let slope = slopes[row] * inverse;
-                scale(by_logits, -slope / sums[row]);
-                by_logits[self.targets[row] as usize] += slope;
-            }
-        });
-        let gradient = head.weight().train_back_product(&logits, None)?;
-        let gradient = Tensor::from_vec(gradient, hidden.shape(), hidden.device())?;
-        Ok(Outcome { logprobs, loss_sum, gradient: Some(gradient) })
+        let slopes = (Tensor::new(slopes, hidden.device())?.unsqueeze(1)? * inverse)?;
+        let spread = exponentials.broadcast_div(&sums)?.broadcast_mul(&slopes.neg()?)?;
+        let by_logits = spread.scatter_add(&targets, &slopes, D::Minus1)?.to_dtype(hidden.dtype())?;
+        let (gradient, _) = head.train_backward(hidden, None, &by_logits, None, None, true)?;
+        Ok(Outcome { logprobs, loss_sum, gradient })
     }
 
     /// Σ weight · loss, and the derivative of each position's share by its log-probability, scaled.
@@ -133,7 +247,7 @@ impl Positions<'_> {
         let mut sum = 0f64;
         let slopes = logprobs
             .iter()
-            .zip(self.weights)
+            .zip(&self.weights)
             .map(|(&logprob, &weight)| {
                 let (loss, slope) = self.loss.at(logprob);
                 sum += weight as f64 * loss as f64;
@@ -145,23 +259,27 @@ impl Positions<'_> {
 }
 
 multiversion! {
-    /// Turns a row of logits into exponentials; gives ln p of the target, and the exponentials' sum.
-    fn exponentials(row: &mut [f32], target: usize, inverse: f32) -> (f32, f32) {
-        let mut most = [f32::NEG_INFINITY; 16];
+    /// Multiplies a row of logits; gives the largest of them and `most`.
+    fn largest(row: &mut [f32], inverse: f32, most: f32) -> f32 {
+        let mut lanes = [most; 16];
         for part in row.chunks_mut(16) {
-            for (m, x) in most.iter_mut().zip(part) {
+            for (m, x) in lanes.iter_mut().zip(part) {
                 *x *= inverse;
                 // A logit that is not a number must not be passed over.
                 *m = if *x <= *m { *m } else { *x };
             }
         }
-        let most = most.iter().fold(f32::NEG_INFINITY, |a, &b| if b <= a { a } else { b });
-        let chosen = row[target] - most;
+        lanes.iter().fold(f32::NEG_INFINITY, |a, &b| if b <= a { a } else { b })
+    }
+}
+
+multiversion! {
+    /// Turns a row of logits into exponentials; gives their sum.
+    fn exponentials(row: &mut [f32], most: f32) -> f32 {
         for x in row.iter_mut() {
             *x = exp(*x - most);
         }
-        let sum = lane_sum(row.len(), |j, acc| acc + row[j]);
-        (chosen - sum.ln(), sum)
+        lane_sum(row.len(), |j, acc| acc + row[j])
     }
 }
 
@@ -169,6 +287,14 @@ multiversion! {
     fn scale(row: &mut [f32], by: f32) {
         for x in row.iter_mut() {
             *x *= by;
+        }
+    }
+}
+
+multiversion! {
+    fn add(sum: &mut [f32], part: &[f32]) {
+        for (s, &p) in sum.iter_mut().zip(part) {
+            *s += p;
         }
     }
 }

@@ -2,6 +2,7 @@
 //! so that a format is a property of a layer and never a second copy of a model.
 
 use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
@@ -183,6 +184,21 @@ impl Weight {
     /// x·W + low rank of many rows, by the kernel for training: `[m, columns]`.
     pub(crate) fn train_back_product(&self, x: &[f32], term: Option<LowRankTerm<'_>>) -> Result<Vec<f32>> {
         self.with_rows(|weight| Ok(x_w(x, weight, self.columns, term)))
+    }
+
+    /// As [`Weight::train_product`] for the rows `band` of W alone: `[m, band.len()]`.
+    pub(crate) fn band_product(
+        &self,
+        x: &[f32],
+        band: Range<usize>,
+        bias: Option<&[f32]>,
+    ) -> Result<Vec<f32>> {
+        self.with_rows(|weight| Ok(x_wt(x, weight.band(band, self.columns), self.columns, None, bias)))
+    }
+
+    /// As [`Weight::train_back_product`] for the rows `band` of W alone: `x` is `[m, band.len()]`.
+    pub(crate) fn band_back_product(&self, x: &[f32], band: Range<usize>) -> Result<Vec<f32>> {
+        self.with_rows(|weight| Ok(x_w(x, weight.band(band, self.columns), self.columns, None)))
     }
 
     fn with_rows<R>(&self, f: impl FnOnce(Rows<'_>) -> Result<R>) -> Result<R> {

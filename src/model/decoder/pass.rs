@@ -16,7 +16,7 @@ use crate::nn::add_scaled;
 use crate::nn::attention::{attend_rows, attend_rows_backward};
 use crate::nn::linear::Linear;
 use crate::nn::lora::{SiteGradient, TrainSite};
-use crate::nn::loss::{Positions, TokenLoss};
+use crate::nn::loss::{LossChunk, Positions, TokenLoss};
 use crate::nn::norm::Norm;
 use crate::nn::{Dropout, mix64};
 
@@ -117,6 +117,8 @@ pub(crate) struct Pass {
     /// On the way forth the hidden state, on the way back the gradient by it.
     flow: Option<Tensor>,
     layers: Vec<Memory>,
+    /// The positions that are in the loss, and their hidden states before the final normalisation.
+    chunk: Option<(Tensor, LossChunk)>,
     head_gradients: Vec<Tensor>,
     gradients: Gradients,
     logprobs: Vec<f32>,
@@ -156,6 +158,7 @@ impl Pass {
             stage: Stage::Attention(0),
             flow: Some(flow),
             layers: (0..layers).map(|_| Memory::default()).collect(),
+            chunk: None,
             head_gradients: Vec::new(),
             logprobs: Vec::new(),
             loss_sum: 0.0,
@@ -259,16 +262,27 @@ impl Pass {
         let hidden = self.flow();
         let to = (from + self.settings.loss_positions.max(1)).min(self.targets.len());
         let some = &self.targets[from..to];
-        let rows: Vec<u32> = some.iter().map(|t| t.row).collect();
-        let rows = hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)?;
-        let outcome = Positions {
-            targets: &some.iter().map(|t| t.token).collect::<Vec<_>>(),
-            weights: &some.iter().map(|t| t.weight).collect::<Vec<_>>(),
-            loss: self.settings.loss,
-            logits_divisor: model.spec.logits_divisor,
-            gradient_scale: self.settings.gradient_scale,
-        }
-        .through(&model.final_norm.forward(&rows)?, &model.head)?;
+        let (rows, mut chunk) = match self.chunk.take() {
+            Some(chunk) => chunk,
+            None => {
+                let rows: Vec<u32> = some.iter().map(|t| t.row).collect();
+                let rows = hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)?;
+                let positions = Positions {
+                    targets: some.iter().map(|t| t.token).collect(),
+                    weights: some.iter().map(|t| t.weight).collect(),
+                    loss: self.settings.loss,
+                    logits_divisor: model.spec.logits_divisor,
+                    gradient_scale: self.settings.gradient_scale,
+                };
+                let chunk = LossChunk::new(positions, model.final_norm.forward(&rows)?, &model.head);
+                (rows, chunk)
+            }
+        };
+        let Some(outcome) = chunk.advance(&model.head)? else {
+            (self.chunk, self.flow) = (Some((rows, chunk)), Some(hidden));
+            return Ok(Stage::Loss(from));
+        };
+        drop(chunk);
         self.loss_sum += outcome.loss_sum;
         self.logprobs.extend(outcome.logprobs);
         if let Some(gradient) = outcome.gradient {
@@ -318,7 +332,7 @@ impl Pass {
         let normed = normed(&layer.before_mlp, &middle)?;
         let (inner, down) = inner(&layer.mlp, activation, &kept)?;
         let by_inner = self.linear_back(down, &inner, kept.low_down.as_ref(), &update)?;
-        drop(inner);
+        drop((inner, update));
         let by_normed = match &layer.mlp {
             FeedForward::Gated { gate, up, .. } => {
                 let above = kept.up.as_ref().expect("a gated layer keeps both halves");

@@ -16,6 +16,8 @@ const TILE_M: usize = 12;
 const TILE_N: usize = 32;
 /// Terms that are added up before the sum goes to memory: a panel of weights then fits the first cache.
 const BLOCK: usize = 192;
+/// Elements up to which a left operand is packed at once.
+const WHOLE_LEFT: usize = 1 << 20;
 
 /// A matrix whose element (i, p) lies at `i * row + p * step`.
 #[derive(Clone, Copy)]
@@ -120,7 +122,7 @@ impl TrainScratch {
     /// Bytes of all of it.
     pub(crate) fn bytes(&self) -> u64 {
         let depth = self.widest + self.rank;
-        let left = self.tokens.div_ceil(TILE_M) * TILE_M * depth;
+        let left = (self.tokens.div_ceil(TILE_M) * TILE_M * depth).max(WHOLE_LEFT);
         let right = BLOCK * self.widest.div_ceil(TILE_N) * TILE_N;
         let each = 2 * TILE_N * depth + super::attend_rows::scratch_elements(self.longest, self.head_dim);
         4 * (left + right + self.threads * each) as u64
@@ -174,8 +176,8 @@ pub(crate) fn x_wt(
     y
 }
 
-/// y = x·W + low rank: `x` `[m, n]`, `w` `[n, k]`; gives `[m, k]`. Both operands are packed a block of rows of w at
-/// a time, so that no second copy of a wide x is made.
+/// y = x·W + low rank: `x` `[m, n]`, `w` `[n, k]`; gives `[m, k]`. w is packed a block of rows at a time, and so is
+/// a wide x, of which no second copy is made.
 #[expect(unsafe_code, reason = "threads write disjoint parts; calls the tile kernel")]
 pub(crate) fn x_w(x: &[f32], w: Rows<'_>, k: usize, term: Option<LowRankTerm<'_>>) -> Vec<f32> {
     let n = w.count(k);
@@ -185,8 +187,9 @@ pub(crate) fn x_w(x: &[f32], w: Rows<'_>, k: usize, term: Option<LowRankTerm<'_>
     let mut y = vec![0f32; m * k];
     let out = Shared::new(&mut y);
     let panels = k.div_ceil(TILE_N);
-    let block = |(left, left_row): (&[f32], usize), right: BlockRows<'_>, terms: usize, add: bool| {
-        with_packed_left(left, left_row, terms, None, 0, m, |left| {
+    // `left` is packed with `depth` terms a row, of which those from `from` on meet the block.
+    let block =
+        |left: &[f32], (depth, from): (usize, usize), right: BlockRows<'_>, terms: usize, add: bool| {
             RIGHT.with_borrow_mut(|packed| {
                 let packed = at_least(packed, BLOCK * panels * TILE_N);
                 pack_block(right, k, terms, packed);
@@ -197,20 +200,31 @@ pub(crate) fn x_w(x: &[f32], w: Rows<'_>, k: usize, term: Option<LowRankTerm<'_>
                         // SAFETY: a packed panel of `terms` rows; columns `columns` of this thread alone.
                         unsafe {
                             let b = packed.as_ptr().add(panel * terms * TILE_N);
-                            over_rows(left, terms, 0, terms, m, b, &out, k, columns, add);
+                            over_rows(left, depth, from, terms, m, b, &out, k, columns, add);
                         }
                     }
                 });
             });
+        };
+    let blocks = |n: usize| (0..n).step_by(BLOCK).map(move |from| (from, BLOCK.min(n - from)));
+    if m * n <= WHOLE_LEFT {
+        with_packed_left(x, n, n, None, 0, m, |left| {
+            for (from, terms) in blocks(n) {
+                block(left, (n, from), BlockRows::Weight(w, from), terms, from > 0);
+            }
         });
-    };
-    for from in (0..n).step_by(BLOCK) {
-        block((&x[from..], n), BlockRows::Weight(w, from), BLOCK.min(n - from), from > 0);
+    } else {
+        for (from, terms) in blocks(n) {
+            with_packed_left(&x[from..], n, terms, None, 0, m, |left| {
+                block(left, (terms, 0), BlockRows::Weight(w, from), terms, from > 0);
+            });
+        }
     }
     if let Some(term) = term {
-        for from in (0..rank).step_by(BLOCK) {
-            let right = BlockRows::Dense(&term.right[from * k..]);
-            block((&term.left[from..], rank), right, BLOCK.min(rank - from), true);
+        for (from, terms) in blocks(rank) {
+            with_packed_left(&term.left[from..], rank, terms, None, 0, m, |left| {
+                block(left, (terms, 0), BlockRows::Dense(&term.right[from * k..]), terms, true);
+            });
         }
     }
     y

@@ -5,6 +5,8 @@
 //! GGML's block layouts: q8_0 is `{f16 d; i8 q[32]}`, q4_0 is `{f16 d; u8 q[16]}`, q4_k is
 //! `{f16 d; f16 dmin; u8 scales[12]; u8 q[128]}`, q6_k is `{u8 ql[128]; u8 qh[64]; i8 scales[16]; f16 d}`.
 
+use std::ops::Range;
+
 use candle_core::quantized::GgmlDType;
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 
@@ -35,6 +37,20 @@ impl<'a> Rows<'a> {
             Rows::F16(all) => all.len() / k,
             Rows::Bf16(all) => all.len() / k,
             Rows::Blocks { bytes, format } => bytes.len() / (k / format.block_size() * format.type_size()),
+        }
+    }
+
+    /// Some of the rows.
+    pub(crate) fn band(self, rows: Range<usize>, k: usize) -> Self {
+        let elements = rows.start * k..rows.end * k;
+        match self {
+            Rows::F32(all) => Rows::F32(&all[elements]),
+            Rows::F16(all) => Rows::F16(&all[elements]),
+            Rows::Bf16(all) => Rows::Bf16(&all[elements]),
+            Rows::Blocks { bytes, format } => {
+                let row_bytes = k / format.block_size() * format.type_size();
+                Rows::Blocks { bytes: &bytes[rows.start * row_bytes..rows.end * row_bytes], format }
+            }
         }
     }
 

@@ -135,6 +135,17 @@ fn every_instruction_set_gives_the_same_bits() {
     }
 }
 
+#[test]
+fn a_wide_left_operand_is_packed_in_parts_with_the_same_bits() {
+    let (m, n, k) = (3, WHOLE_LEFT / 3 + 200, 5);
+    let (x, w) = (noise(m * n, 1), noise(n * k, 2));
+    let together = x_w(&x, Rows::F32(&w), k, None);
+    for i in 0..m {
+        let alone = x_w(&x[i * n..(i + 1) * n], Rows::F32(&w), k, None);
+        assert_eq!(alone, together[i * k..(i + 1) * k], "row {i}");
+    }
+}
+
 /// A row's result does not depend on how many rows share the product.
 #[test]
 fn a_row_does_not_depend_on_its_batch() {
