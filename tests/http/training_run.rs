@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use gurukul::app::App;
 use gurukul::config::{ServerFlags, Settings};
 use serde_json::{Value, json};
@@ -21,7 +22,9 @@ fn folder(examples: usize) -> tempfile::TempDir {
     let configs = dir.path().join("configs");
     std::fs::create_dir(&configs).expect("a folder can be made");
     let data = dir.path().join("phrases.jsonl");
-    let line = |i: usize| json!({"prompt": format!("say {i}"), "completion": format!("number {i}")}).to_string() + "\n";
+    let line = |i: usize| {
+        json!({"prompt": format!("say {i}"), "completion": format!("number {i}")}).to_string() + "\n"
+    };
     std::fs::write(&data, (0..examples).map(line).collect::<String>()).expect("can be written");
     let sources = format!(
         "sources:\n  phrases:\n    type: local\n    path: {}\n  gone:\n    type: local\n    path: {}\n",
@@ -58,10 +61,8 @@ impl Running {
         let app = App::build(&settings).await.expect("the application starts");
         let (base, engine) = (format!("http://{}", app.address()), app.engine());
         let (stop, stopped) = oneshot::channel();
-        let task = tokio::spawn(app.run(async {
-            let _ = stopped.await;
-            std::future::pending::<()>()
-        }));
+        // Never asked twice.
+        let task = tokio::spawn(app.run(stopped.map(|_| std::future::pending::<()>())));
         Self { base, client: reqwest::Client::new(), stop: Some(stop), task, engine }
     }
 
@@ -75,7 +76,8 @@ impl Running {
     }
 
     async fn get(&self, path: &str) -> (u16, Value) {
-        let response = self.client.get(format!("{}{path}", self.base)).send().await.expect("the server answers");
+        let response =
+            self.client.get(format!("{}{path}", self.base)).send().await.expect("the server answers");
         (response.status().as_u16(), response.json().await.expect("is JSON"))
     }
 
@@ -102,7 +104,8 @@ impl Running {
 
     async fn step(&self, id: &str, step: u64) {
         let wait = async {
-            while self.get(&format!("/adapter/status/{id}")).await.1["metrics"]["step"].as_u64() < Some(step) {
+            while self.get(&format!("/adapter/status/{id}")).await.1["metrics"]["step"].as_u64() < Some(step)
+            {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
@@ -118,7 +121,9 @@ impl Running {
             frame.lines().find_map(|line| line.strip_prefix(name)).map(|value| value.trim().to_owned())
         };
         frames
-            .map(|frame| (of(frame, "event:").unwrap_or_default(), of(frame, "id:").and_then(|id| id.parse().ok())))
+            .map(|frame| {
+                (of(frame, "event:").unwrap_or_default(), of(frame, "id:").and_then(|id| id.parse().ok()))
+            })
             .collect()
     }
 
@@ -139,9 +144,13 @@ async fn a_request_becomes_an_adapter_that_serves() {
     let dir = folder(40);
     let server = Running::start(dir.path()).await;
     let base = server.generate("none").await;
-    let ask = json!({"source": "phrases", "adapter_name": "counts", "max_samples": 40, "overrides": {"epochs": 4}});
+    let ask =
+        json!({"source": "phrases", "adapter_name": "counts", "max_samples": 40, "overrides": {"epochs": 4}});
     let (status, accepted) = server.post("/adapter/train-lite", &ask).await;
-    assert_eq!((status, &accepted["status"], &accepted["adapter_name"]), (202, &json!("pending"), &json!("counts")));
+    assert_eq!(
+        (status, &accepted["status"], &accepted["adapter_name"]),
+        (202, &json!("pending"), &json!("counts"))
+    );
     assert!(accepted["plan"]["training_bytes"].as_u64() > Some(0), "{accepted}");
     let id = accepted["job_id"].as_str().expect("has an id");
     let done = server.reach(id, "completed").await;
@@ -166,7 +175,8 @@ async fn a_request_becomes_an_adapter_that_serves() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stop_and_a_start_in_the_middle_change_no_bit() {
-    let ask = json!({"source": "phrases", "adapter_name": "a", "max_samples": 40, "overrides": {"epochs": 6}});
+    let ask =
+        json!({"source": "phrases", "adapter_name": "a", "max_samples": 40, "overrides": {"epochs": 6}});
     let alone = folder(40);
     let server = Running::start(alone.path()).await;
     let (_, accepted) = server.post("/adapter/train-lite", &ask).await;
@@ -193,7 +203,8 @@ async fn a_stop_and_a_start_in_the_middle_change_no_bit() {
 async fn cancelled_jobs_leave_a_checkpoint_and_go_on() {
     let dir = folder(40);
     let server = Running::start(dir.path()).await;
-    let ask = json!({"source": "phrases", "adapter_name": "a", "max_samples": 40, "overrides": {"epochs": 50}});
+    let ask =
+        json!({"source": "phrases", "adapter_name": "a", "max_samples": 40, "overrides": {"epochs": 50}});
     let (_, accepted) = server.post("/adapter/train-lite", &ask).await;
     let id = accepted["job_id"].as_str().expect("has an id");
     let (status, taken) = server.post("/adapter/train-lite", &ask).await;
@@ -218,11 +229,13 @@ async fn what_cannot_be_trained_is_refused_or_fails_with_the_reason() {
     let dir = folder(8);
     let server = Running::start(dir.path()).await;
     let ask = |overrides: Value| json!({"source": "phrases", "adapter_name": "a", "overrides": overrides});
-    let (status, body) = server.post("/adapter/train-lite", &ask(json!({"target_modules": ["nowhere_proj"]}))).await;
+    let (status, body) =
+        server.post("/adapter/train-lite", &ask(json!({"target_modules": ["nowhere_proj"]}))).await;
     let message = body["error"]["message"].as_str().unwrap_or_default();
     assert!(status == 400 && message.contains("nowhere_proj") && message.contains("q_proj"), "{body}");
     // Diverges.
-    let (status, body) = server.post("/adapter/train-lite", &ask(json!({"learning_rate": 1e9, "epochs": 50}))).await;
+    let (status, body) =
+        server.post("/adapter/train-lite", &ask(json!({"learning_rate": 1e9, "epochs": 50}))).await;
     if status == 202 {
         let failed = server.reach(body["job_id"].as_str().expect("has an id"), "failed").await;
         assert!(failed["error"].as_str().is_some_and(|error| error.contains("finite")), "{failed}");
@@ -246,7 +259,10 @@ async fn an_upload_becomes_a_model() {
     let dir = folder(1);
     let server = Running::start(dir.path()).await;
     let line = |i: usize| {
-        let pair = [json!({"role": "user", "content": format!("say {i}")}), json!({"role": "assistant", "content": "no"})];
+        let pair = [
+            json!({"role": "user", "content": format!("say {i}")}),
+            json!({"role": "assistant", "content": "no"}),
+        ];
         json!({"messages": pair}).to_string() + "\n"
     };
     let content: String = (0..12).map(line).collect();
@@ -255,14 +271,19 @@ async fn an_upload_becomes_a_model() {
          form-data; name=\"file\"; filename=\"a.jsonl\"\r\n\r\n{content}\r\n--x--\r\n"
     );
     let request = server.client.post(format!("{}/v1/files", server.base)).body(body);
-    let response = request.header("content-type", "multipart/form-data; boundary=x").send().await.expect("answers");
+    let response =
+        request.header("content-type", "multipart/form-data; boundary=x").send().await.expect("answers");
     let file: Value = response.json().await.expect("is JSON");
     let ask = json!({
         "model": MODEL, "training_file": file["id"], "suffix": "No!", "seed": 5, "metadata": {"by": "test"},
         "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 3}}},
     });
     let (status, job) = server.post("/v1/fine_tuning/jobs", &ask).await;
-    assert_eq!((status, &job["status"], &job["metadata"]), (200, &json!("queued"), &json!({"by": "test"})), "{job}");
+    assert_eq!(
+        (status, &job["status"], &job["metadata"]),
+        (200, &json!("queued"), &json!({"by": "test"})),
+        "{job}"
+    );
     assert_eq!((&job["training_file"], &job["seed"]), (&file["id"], &json!(5)));
     let id = job["id"].as_str().expect("has an id").to_owned();
     let done = server.reach(id.trim_start_matches("ftjob-"), "completed").await;
@@ -286,7 +307,8 @@ async fn the_official_client_trains() {
     command.arg(script).args([&format!("{}/v1", server.base), MODEL]);
     let output = tokio::task::spawn_blocking(move || command.output());
     let output = output.await.expect("does not panic").expect("the interpreter starts");
-    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    let text =
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && text.contains("all checks passed"), "{text}");
     server.stop().await;
 }
