@@ -4,6 +4,8 @@ mod support;
 
 #[path = "http/bad_input.rs"]
 mod bad_input;
+#[path = "http/fine_tuning.rs"]
+mod fine_tuning;
 #[path = "http/generate_lite.rs"]
 mod generate_lite;
 #[path = "http/openai.rs"]

@@ -1,10 +1,12 @@
-"""Drives a running server with the official client: python openai_client.py BASE_URL MODEL ADAPTER."""
+"""Drives a running server with the official client: python openai_client.py BASE_URL MODEL ADAPTER DONE RUNS, the last
+two a job that completes with ADAPTER and one that runs until it is cancelled."""
 
 import sys
+import time
 
 import openai
 
-base_url, model, adapter = sys.argv[1:]
+base_url, model, adapter, done, runs = sys.argv[1:]
 client = openai.OpenAI(base_url=base_url, api_key="unused", max_retries=0, timeout=60)
 hello = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 
@@ -88,6 +90,41 @@ scored = complete(logprobs=2, temperature=0, extra_body={"ignore_eos": True}).ch
 check("four lists of log-probabilities", len(scored.tokens) == len(scored.token_logprobs) == len(scored.text_offset) == 12)
 check("the likeliest tokens by text", all(len(top) >= 1 for top in scored.top_logprobs), scored.top_logprobs)
 
+# Files.
+line = b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n'
+first = client.files.create(file=("first.jsonl", line * 3), purpose="fine-tune")
+second = client.files.create(file=("second.jsonl", line), purpose="fine-tune")
+check("a file is uploaded", (first.filename, first.bytes, first.status) == ("first.jsonl", 3 * len(line), "processed"), first)
+check("a file is retrieved", client.files.retrieve(first.id) == first)
+check("files are listed by pages", [f.id for f in client.files.list(limit=1)] == [second.id, first.id])
+check("a file is downloaded", client.files.content(first.id).read() == line * 3)
+check("a file is processed at once", client.files.wait_for_processing(first.id, max_wait_seconds=1).id == first.id)
+check("a file is deleted", client.files.delete(first.id).deleted and len(list(client.files.list())) == 1)
+
+
+# Training jobs.
+def job_is(id, status):
+    for _ in range(300):
+        job = client.fine_tuning.jobs.retrieve(id)
+        if job.status == status:
+            return job
+        time.sleep(0.1)
+    sys.exit(f"{id} does not become {status}: {job}")
+
+
+job = job_is(done, "succeeded")
+check("its adapter is its model", job.fine_tuned_model == adapter and job.model == model, job)
+check("it says how it trained", (job.seed, job.hyperparameters.n_epochs, job.trained_tokens) == (7, 2, 30), job)
+check("jobs are listed by pages", [j.id for j in client.fine_tuning.jobs.list(limit=1)][1:] == [job.id])
+events = list(client.fine_tuning.jobs.list_events(job.id, limit=2))
+steps = [e.data["step"] for e in events if e.type == "metrics"]
+check("its events are its steps and its log", steps == [3, 2, 1] and len(events) == 6, events)
+left = list(client.fine_tuning.jobs.checkpoints.list(job.id))
+check("its checkpoint is its model", [c.fine_tuned_model_checkpoint for c in left] == [adapter], left)
+job_is(runs, "running")
+client.fine_tuning.jobs.cancel(runs)
+check("a job is cancelled", job_is(runs, "cancelled").fine_tuned_model is None)
+
 
 # Errors, by the client's own types.
 def raises(kind, call, code, param):
@@ -110,5 +147,19 @@ raises(openai.BadRequestError, lambda: chat(presence_penalty=1), "unsupported_pa
 raises(openai.BadRequestError, lambda: chat(messages=[{"role": "user", "content": "word " * 2000}]),
        "context_length_exceeded", "messages")
 raises(openai.BadRequestError, lambda: complete(best_of=3), "unsupported_parameter", "best_of")
+raises(openai.NotFoundError, lambda: client.files.retrieve("file-nowhere"), "file_not_found", "file_id")
+raises(openai.BadRequestError, lambda: client.files.create(file=("a.jsonl", line + b"{}"), purpose="fine-tune"),
+       "invalid_file", "file")
+raises(openai.BadRequestError, lambda: client.files.create(file=("a.jsonl", line), purpose="assistants"),
+       "unsupported_parameter", "purpose")
+raises(openai.NotFoundError, lambda: client.fine_tuning.jobs.retrieve("ftjob-nowhere"), "job_not_found", "fine_tuning_job_id")
+raises(openai.ConflictError, lambda: client.fine_tuning.jobs.cancel(runs), "job_state", "fine_tuning_job_id")
+raises(openai.NotFoundError, lambda: client.fine_tuning.jobs.create(model="gpt-4o", training_file=second.id),
+       "model_not_found", "model")
+raises(openai.NotFoundError, lambda: client.fine_tuning.jobs.create(model=model, training_file="file-nowhere"),
+       "file_not_found", "training_file")
+raises(openai.BadRequestError,
+       lambda: client.fine_tuning.jobs.create(model=model, training_file=second.id, validation_file=second.id),
+       "unsupported_parameter", "validation_file")
 
 print("all checks passed")

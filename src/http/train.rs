@@ -155,12 +155,14 @@ fn wanted(request: TrainLite) -> Result<Wanted, ApiError> {
         return Err(ApiError::new(StatusCode::BAD_REQUEST, "missing_parameter", message).param("source"));
     };
     let mut overrides = request.overrides.unwrap_or_default();
+    let mut names: &[(&str, &str)] = &[];
     match request.max_samples {
         Some(_) if overrides.contains_key("max_samples") => {
             return Err(ApiError::invalid("max_samples", "is in overrides too; give it once"));
         }
         Some(samples) => {
             overrides.insert("max_samples".into(), samples.into());
+            names = &[("max_samples", "max_samples")];
         }
         None => {
             overrides.entry("max_samples").or_insert_with(|| MAX_SAMPLES.into());
@@ -171,6 +173,7 @@ fn wanted(request: TrainLite) -> Result<Wanted, ApiError> {
         source: WantedSource::Connector { name: source, file: request.mcp_config_path },
         config_path: request.config_path,
         overrides,
+        names,
         meta: Value::Null,
     })
 }
@@ -185,6 +188,8 @@ pub(super) struct Wanted {
     pub(super) config_path: Option<String>,
     /// Fields that go before the file's.
     pub(super) overrides: Map<String, Value>,
+    /// Those of them that the request has under another name, with that name.
+    pub(super) names: &'static [(&'static str, &'static str)],
     /// What the request's endpoint wants to see again.
     pub(super) meta: Value,
 }
@@ -227,7 +232,7 @@ pub(super) async fn accept(state: &AppState, wanted: Wanted) -> Result<Job, ApiE
 }
 
 fn resolve(state: &AppState, wanted: Wanted) -> Result<TrainJob, ApiError> {
-    let config = adapter_config(state, wanted.config_path.as_deref(), &wanted.overrides)?;
+    let config = adapter_config(state, wanted.config_path.as_deref(), &wanted.overrides, wanted.names)?;
     let (source_name, source) = match wanted.source {
         WantedSource::Connector { name, file } => {
             let connectors = Connectors::load(&state.settings.configs_dir, file.as_deref())?;
@@ -244,13 +249,21 @@ fn resolve(state: &AppState, wanted: Wanted) -> Result<TrainJob, ApiError> {
     Ok(TrainJob { adapter_name: wanted.adapter_name, source_name, source, config })
 }
 
-/// The settings of a request: a file of the configs folder, and what goes before it.
+/// The settings of a request: a file of the configs folder, and what goes before it. An error names the field as the
+/// request does, with `names` as in [`Wanted`].
 pub(super) fn adapter_config(
     state: &AppState,
     config_path: Option<&str>,
     overrides: &Map<String, Value>,
+    names: &[(&str, &str)],
 ) -> Result<AdapterConfig, FieldError> {
-    AdapterConfig::load(&state.settings.configs_dir, config_path, overrides)
+    AdapterConfig::load(&state.settings.configs_dir, config_path, overrides).map_err(|mut error| {
+        let own = error.field.strip_prefix("overrides.");
+        if let Some((_, name)) = names.iter().find(|(field, _)| Some(*field) == own) {
+            error.field = (*name).to_owned();
+        }
+        error
+    })
 }
 
 fn check_adapter_name(state: &AppState, name: &str) -> Result<(), ApiError> {

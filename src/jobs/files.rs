@@ -48,12 +48,12 @@ pub struct Files {
 /// A file that is being received. Dropped before its end, it leaves nothing.
 pub struct Upload {
     id: String,
-    part: PathBuf,
+    /// Where it is while it is received; `None` once it has left that place.
+    part: Option<PathBuf>,
     complete: PathBuf,
     file: fs::File,
     bytes: u64,
     store: Arc<Store>,
-    is_finished: bool,
 }
 
 impl Files {
@@ -105,11 +105,10 @@ impl Files {
         Ok(Upload {
             complete: self.path(&id),
             id,
-            part,
+            part: Some(part),
             file,
             bytes: 0,
             store: self.store.clone(),
-            is_finished: false,
         })
     }
 
@@ -208,7 +207,22 @@ impl Upload {
     ) -> Result<UploadedFile, JobsError> {
         self.file.flush().await.map_err(|error| refused(&error))?;
         self.file.sync_all().await.map_err(|error| refused(&error))?;
-        fs::rename(&self.part, &self.complete).await.map_err(|error| refused(&error))?;
+        let part = self.part.as_deref().expect("a file is finished once, as that takes the upload");
+        fs::rename(part, &self.complete).await.map_err(|error| refused(&error))?;
+        // From here on a row may or may not be written when nobody waits any more: what is without a row then goes at
+        // the next start.
+        self.part = None;
+        match self.list(filename, purpose, records).await {
+            Ok(file) => Ok(file),
+            Err(error) => {
+                let _ = fs::remove_file(&self.complete).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Writes the row of a file that is in its place.
+    async fn list(&self, filename: String, purpose: String, records: u64) -> Result<UploadedFile, JobsError> {
         sync_folder_of(&self.complete).await.map_err(|error| refused(&error))?;
         let insert = "INSERT INTO files (id, filename, purpose, bytes, records, created_ms)
             VALUES (?, ?, ?, ?, ?, ?) RETURNING *";
@@ -219,18 +233,15 @@ impl Upload {
             .bind(signed(self.bytes))
             .bind(signed(records))
             .bind(now_ms());
-        let row = insert.fetch_one(&self.store.pool).await?;
-        self.is_finished = true;
-        file(&row)
+        file(&insert.fetch_one(&self.store.pool).await?)
     }
 }
 
 impl Drop for Upload {
     fn drop(&mut self) {
-        if !self.is_finished {
-            // One of the two is there. Where removing fails, the next start tries again.
-            let _ = std::fs::remove_file(&self.part);
-            let _ = std::fs::remove_file(&self.complete);
+        if let Some(part) = &self.part {
+            // Where removing fails, the next start tries again.
+            let _ = std::fs::remove_file(part);
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use axum::Json;
-use axum::body::{Body, Bytes};
+use axum::body::Body;
 use axum::extract::multipart::{Field, Multipart, MultipartError};
 use axum::extract::rejection::PathRejection;
 use axum::extract::{DefaultBodyLimit, FromRequest as _, Path, Request, State};
@@ -356,7 +356,7 @@ pub(in crate::http) async fn content_of(
 ) -> Result<Response, ApiError> {
     let files = state.jobs.files();
     let file = files.get(&path_text("file_id", id)?).await?;
-    let content = ReaderStream::new(files.content(&file).await?).map(|part| part.map(Bytes::from));
+    let content = ReaderStream::new(files.content(&file).await?);
     // A browser is to keep it, not to show it: what is in it is not ours.
     let headers = [
         (header::CONTENT_TYPE, "application/jsonl".to_owned()),

@@ -25,6 +25,14 @@ const JOB_PREFIX: &str = "ftjob-";
 const EVENT_PREFIX: &str = "ftevent-";
 /// Longest suffix, in characters, as in OpenAI's API.
 const MAX_SUFFIX: usize = 64;
+/// What this API calls the settings that it can give.
+const NAMES: &[(&str, &str)] = &[
+    ("max_samples", "training_file"),
+    ("seed", "seed"),
+    ("epochs", "hyperparameters.n_epochs"),
+    ("batch_size", "hyperparameters.batch_size"),
+    ("learning_rate", "hyperparameters.learning_rate_multiplier"),
+];
 /// Most metadata, as in OpenAI's API.
 const MAX_METADATA: usize = 16;
 
@@ -73,6 +81,7 @@ pub(in crate::http) async fn create(
         source: WantedSource::Upload(file),
         config_path: None,
         overrides,
+        names: NAMES,
         meta,
     };
     Ok(Json(view(&state, accept(&state, wanted).await?)))
@@ -147,7 +156,8 @@ async fn overrides(
     }
     if let Some(multiplier) = hyperparameters.learning_rate_multiplier.number() {
         let (state, so_far) = (state.clone(), overrides.clone());
-        let config = tokio::task::spawn_blocking(move || adapter_config(&state, None, &so_far)).await??;
+        let config =
+            tokio::task::spawn_blocking(move || adapter_config(&state, None, &so_far, NAMES)).await??;
         overrides.insert("learning_rate".into(), (config.learning_rate * multiplier).into());
     }
     Ok(overrides)
