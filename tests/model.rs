@@ -158,6 +158,7 @@ fn start(dir: &Path, kv_cache_bytes: Option<u64>) -> anyhow::Result<EngineHandle
         max_queue: 2,
         prefill_chunk: 8,
         adapter_cache_bytes: 1 << 20,
+        train_share: 0.5,
     };
     EngineHandle::start(config, Arc::new(Tokenizer::from_dir(dir)?))
 }

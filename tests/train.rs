@@ -219,13 +219,14 @@ async fn a_job_that_goes_on_ends_with_the_same_bytes() {
     // Paused after every step that is reported, each time in a new process as far as the job can tell.
     let f = Fixture::new();
     let job = f.job(40, config());
-    let mut pauses = 0;
+    let (mut pauses, mut paused) = (0, 0);
     let last = loop {
         let restarted = context(f.data.path());
-        match run_until(&restarted, "job", &job, |_| Stop::Pause).await.0.unwrap() {
+        let ask = move |step| if step > paused { Stop::Pause } else { Stop::No };
+        match run_until(&restarted, "job", &job, ask).await.0.unwrap() {
             Ending::Paused { step } => {
-                pauses += 1;
-                assert!(step <= progress.step && pauses < 100, "step {step} at pause {pauses}");
+                assert_eq!(step, paused + 1);
+                (pauses, paused) = (pauses + 1, step);
             }
             Ending::Completed { progress, .. } => break progress,
             other => panic!("{other:?}"),
