@@ -100,6 +100,29 @@ fn check_config_shows_values_and_where_they_come_from() {
 }
 
 #[test]
+fn check_config_reads_the_files_for_training() {
+    let dir = tempfile::tempdir().unwrap();
+    let configs = dir.path().join("configs");
+    std::fs::create_dir(&configs).unwrap();
+    let check = || gurukul(dir.path()).arg("check-config").output().unwrap();
+    let stdout = String::from_utf8(check().stdout).unwrap();
+    assert!(stdout.contains("mcp_connectors.yml: can be used; sources: none"), "{stdout}");
+    for name in ["adapter_config.yaml", "mcp_connectors.yml"] {
+        std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("configs").join(name), configs.join(name))
+            .unwrap();
+    }
+    let output = check();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    assert!(stdout.contains("# configs/adapter_config.yaml: can be used"), "{stdout}");
+    assert!(stdout.contains("sources: local (local)"), "{stdout}");
+    std::fs::write(configs.join("mcp_connectors.yml"), "sources:\n  a: {type: local}\n").unwrap();
+    assert_refused(&check(), &["configs/mcp_connectors.yml", "path is missing"]);
+    std::fs::write(configs.join("adapter_config.yaml"), "r: 0\n").unwrap();
+    assert_refused(&check(), &["configs/adapter_config.yaml", "r in adapter_config.yaml is 0", "1 to 1024"]);
+}
+
+#[test]
 fn help_names_every_setting() {
     let dir = tempfile::tempdir().unwrap();
     let shipped =

@@ -14,10 +14,11 @@ use crate::model::load;
 use crate::model::tokenizer::Tokenizer;
 
 pub(super) fn run(settings: &Settings) -> anyhow::Result<()> {
+    let training = describe_training(settings).context(CannotStart)?;
     let mut out = std::io::stdout().lock();
     writeln!(out, "# Settings in force, as a configs/server.yaml; the comments say where each comes from.")?;
     write!(out, "{}", settings.to_yaml())?;
-    writeln!(out, "\n{}", describe_training(settings)?)?;
+    writeln!(out, "\n{training}")?;
     if settings.model.is_none() {
         writeln!(out, "\n# No model is named: gurukul serve would stop here. Use --model.")?;
         return Ok(());

@@ -382,7 +382,8 @@ fn target_modules(said: Said<TargetModules>) -> Result<Vec<String>, FieldError> 
     }
     let is_name = |name: &String| {
         let fits = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
-        !name.is_empty() && name.len() <= 200 && name.chars().all(fits)
+        let begins = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_');
+        begins && name.len() <= 200 && name.chars().all(fits)
     };
     if let Some(name) = names.iter().find(|name| !is_name(name)) {
         return Err(said.error(format!("has '{name}', which names no module; {use_this}")));

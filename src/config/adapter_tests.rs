@@ -230,8 +230,8 @@ fn every_range_is_checked_and_named() {
     let error = load("lora_dropout: .nan\n", json!({})).unwrap_err().to_string();
     assert!(error.contains("use a number from 0 to below 1"), "{error}");
     assert!(load("learning_rate: .inf\n", json!({})).is_err());
-    let error = load("", json!({"learning_rat": 1})).unwrap_err();
-    assert_eq!(error.field, "overrides.learning_rat");
+    let error = load("", json!({"learning_speed": 1})).unwrap_err();
+    assert_eq!(error.field, "overrides.learning_speed");
     assert!(error.message.contains("learning_rate"), "{error}");
     for good in [
         json!({"r": 1024, "learning_rate": 1e9, "eval_share": 0.5, "max_seq_length": 2, "lora_dropout": 0}),

@@ -2,9 +2,11 @@
 //! source.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::Path;
 
-use serde::Deserialize;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 
 use super::adapter::FieldError;
 use super::named;
@@ -24,7 +26,33 @@ pub struct Connectors {
 #[serde(deny_unknown_fields)]
 struct Typed {
     #[serde(default)]
-    sources: Option<BTreeMap<String, SourceConfig>>,
+    sources: Option<Named>,
+}
+
+/// A map in which no name comes twice; of two, one would be lost without a word.
+struct Named(BTreeMap<String, SourceConfig>);
+
+impl<'de> Deserialize<'de> for Named {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Sources;
+        impl<'de> Visitor<'de> for Sources {
+            type Value = BTreeMap<String, SourceConfig>;
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("sources by their names")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut sources = BTreeMap::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if sources.contains_key(&name) {
+                        return Err(serde::de::Error::custom(format!("two sources are called {name}")));
+                    }
+                    sources.insert(name, map.next_value()?);
+                }
+                Ok(sources)
+            }
+        }
+        deserializer.deserialize_map(Sources).map(Self)
+    }
 }
 
 impl Connectors {
@@ -44,7 +72,7 @@ impl Connectors {
         };
         let typed: Option<Typed> =
             serde_yaml::from_str(&text).map_err(|error| named::unusable(FIELD, name, &error))?;
-        let sources = typed.and_then(|typed| typed.sources).unwrap_or_default();
+        let sources = typed.and_then(|typed| typed.sources).map(|named| named.0).unwrap_or_default();
         if let Some(source) = sources.keys().find(|source| !is_name(source)) {
             let why = format!(
                 "'{}' is no name for a source; use at most 64 letters, digits, '.', '-' and '_'",

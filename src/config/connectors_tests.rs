@@ -78,13 +78,13 @@ fn without_the_usual_file_there_are_no_sources() {
 fn what_is_wrong_is_named_with_source_and_line() {
     for (text, expected) in [
         ("sources:\n  a: {type: local}\n", "path is missing"),
-        ("sources:\n  a: {type: local, path: x, fields: {promt: q}}\n", "promt is unknown"),
-        ("sources:\n  a:\n    type: local\n    pth: x\n", "pth"),
+        ("sources:\n  a: {type: local, path: x, fields: {question: q}}\n", "question is unknown"),
+        ("sources:\n  a:\n    type: local\n    file: x\n", "file"),
         ("sources:\n  a: {type: http, url: 'http://me:pw@h'}\n", "headers_env"),
         ("sources:\n  a: {type: nfs, path: x}\n", "nfs"),
         ("sources:\n  a b: {type: local, path: x}\n", "'a b' is no name"),
         ("sources:\n  '../a': {type: local, path: x}\n", "is no name"),
-        ("sources:\n  a: {type: local, path: x}\n  a: {type: local, path: y}\n", "duplicate"),
+        ("sources:\n  a: {type: local, path: x}\n  a: {type: local, path: y}\n", "two sources are called a"),
         ("sources: [1]\n", "sources"),
         ("source:\n", "unknown field `source`"),
         ("\t", "cannot be used"),

@@ -250,11 +250,14 @@ fn object_of_line(line: &str) -> Result<Map<String, Value>, String> {
     })
 }
 
+/// One line to a record.
+type Parse = dyn Fn(&str) -> Result<Map<String, Value>, String>;
+
 fn decode_lines(
     mut reader: impl BufRead,
     row_bytes: &Cell<u64>,
     sink: &mut Sink,
-    parse: &dyn Fn(&str) -> Result<Map<String, Value>, String>,
+    parse: &Parse,
 ) -> Result<ControlFlow<()>, Failed> {
     let mut line = Vec::new();
     for number in 1.. {

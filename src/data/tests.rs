@@ -71,7 +71,7 @@ impl Read for Pieces<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         let size = self.sizes.get(self.at % self.sizes.len().max(1)).copied().unwrap_or(1);
         self.at += 1;
-        if self.at % 5 == 0 {
+        if self.at.is_multiple_of(5) {
             return Err(std::io::ErrorKind::Interrupted.into());
         }
         let n = size.max(1).min(buffer.len()).min(self.bytes.len());
@@ -249,19 +249,25 @@ async fn what_the_taker_refuses_counts_as_bad() {
     std::fs::write(&path, "{}\n".repeat(150)).unwrap();
     let config = config(&path, json!({}));
     let mut stream = config.open("s", Cursor::default());
-    for i in 0..120 {
+    for i in 0..60 {
         stream.next().await.unwrap().unwrap();
         if i < 2 {
             stream.refuse(format!("record {i} has no prompt")).unwrap();
         }
     }
     let error = stream.finish().unwrap_err().to_string();
-    assert!(error.contains("2 of 120 rows") && error.contains("record 1 has no prompt"), "{error}");
+    assert!(error.contains("2 of 60 rows") && error.contains("record 1 has no prompt"), "{error}");
     // The same counts after going on from the cursor.
     let mut again = config.open("s", stream.cursor());
     again.next().await.unwrap().unwrap();
-    assert_eq!((again.rows().rows, again.rows().bad), (121, 2));
-    assert!(again.refuse("no".into()).is_err());
+    assert_eq!((again.rows().rows, again.rows().bad), (61, 2));
+    let (rest, error) = drain(again).await;
+    assert_eq!(rest.len(), 38);
+    assert!(error.unwrap().contains("2 of 100 rows"));
+    let mut late = config.open("s", Cursor { records: 120, refused: 0 });
+    late.next().await.unwrap().unwrap();
+    late.refuse("no".into()).unwrap();
+    assert!(late.refuse("no".into()).unwrap_err().to_string().contains("2 of 121 rows"));
 }
 
 #[tokio::test]
@@ -360,11 +366,14 @@ fn configurations_say_what_is_wrong_with_them() {
         (json!({"type": "local", "path": " "}), "path is missing"),
         (json!({"type": "local", "path": "a", "url": "http://x"}), "are for type: http"),
         (json!({"type": "local", "path": "a/**/b"}), "**"),
-        (json!({"type": "local", "path": "a", "paht": "b"}), "paht"),
+        (json!({"type": "local", "path": "a", "folder": "b"}), "folder"),
         (json!({"type": "local", "path": "a", "max_bad_rows": 1.5}), "max_bad_rows"),
         (json!({"type": "local", "path": "a", "skip": -1}), "-1"),
         (json!({"type": "local", "path": "a", "format": "xml"}), "xml"),
-        (json!({"type": "local", "path": "a", "fields": {"promt": "b"}}), "promt is unknown; use prompt"),
+        (
+            json!({"type": "local", "path": "a", "fields": {"question": "b"}}),
+            "question is unknown; use prompt",
+        ),
         (json!({"type": "local", "path": "a", "fields": {"prompt": ""}}), "prompt is empty"),
         (json!({"type": "local", "path": "a", "source_language": ""}), "source_language"),
         (json!({"type": "http"}), "either url"),

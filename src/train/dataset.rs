@@ -144,7 +144,7 @@ impl Dataset {
             .map_err(|reason| TrainError::Failed(format!("the checkpoint's training data: {reason}")))?;
         let template = position.template.unwrap_or(Template::Text);
         let examples = examples(job, template, tokenizer, eos_token_ids)?;
-        let mut random = random(job.config.seed, position.epoch);
+        let mut random = random(job.config.seed, position.reading_epoch);
         random.set_word_pos(position.random_words.into());
         Ok(Self {
             job: job.clone(),
@@ -199,7 +199,7 @@ impl Dataset {
         let batch = std::mem::take(&mut self.batch);
         let position = &mut self.position;
         position.given += batch.len() as u64;
-        position.latest_epoch = position.epoch;
+        position.latest_epoch = position.reading_epoch;
         position.counters.examples += batch.len() as u64;
         position.counters.tokens += batch.iter().map(|example| example.tokens.len() as u64).sum::<u64>();
         batch
@@ -210,7 +210,7 @@ impl Dataset {
             return Err(nothing_to_learn(&self.job, &self.position.counters));
         }
         let config = &self.job.config;
-        let next = self.position.epoch + 1;
+        let next = self.position.reading_epoch + 1;
         // Steps that are asked for are taken, however often that goes through the data.
         if config.max_steps.is_none() && next >= config.epochs {
             self.position.finished = true;
@@ -231,7 +231,7 @@ impl Dataset {
             };
             let made = self.make(&record).await?;
             self.take(&record, made)?;
-            if self.position.cursor.records % RECORDS_IN_A_ROW == 0 {
+            if self.position.cursor.records.is_multiple_of(RECORDS_IN_A_ROW) {
                 tokio::task::yield_now().await;
             }
         }
@@ -292,7 +292,7 @@ impl Dataset {
                 self.position.taken += 1;
                 if !self.is_held_out(number) {
                     self.buffer.push(sequence);
-                } else if self.position.epoch == 0 {
+                } else if self.position.reading_epoch == 0 {
                     self.held_out.push(sequence);
                 }
             }
@@ -353,7 +353,7 @@ impl Dataset {
     /// Passes over the data so far.
     pub fn epoch_fraction(&self) -> f64 {
         let planned = self.planned_examples().examples.max(1);
-        self.position.epoch as f64 + (self.position.given as f64 / planned as f64).min(1.0)
+        self.position.reading_epoch as f64 + (self.position.given as f64 / planned as f64).min(1.0)
     }
 
     /// The template, never `Auto`.

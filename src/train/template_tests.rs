@@ -190,8 +190,8 @@ fn a_chat_template_without_an_end_gets_one() {
 
 #[test]
 fn chat_templates_that_rewrite_are_refused() {
-    let rewrites = "{% for m in messages %}{{ m.role }}:{% if loop.last %}{{ '[last]' }}{% endif %}\
-                    {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}{{ 'assistant:[last]' }}{% endif %}";
+    let rewrites = "{% for m in messages %}{{ m.role }}:{% if loop.last and m.role == 'assistant' %}\
+                    {{ '[last]' }}{% endif %}{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}{{ 'assistant:[last]' }}{% endif %}";
     let other_start = "{% for m in messages %}{{ m.content }}</s>{% endfor %}\
                        {% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}";
     let raises = "{{ raise_exception('only saints') }}";

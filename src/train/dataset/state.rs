@@ -17,14 +17,17 @@ const MAGIC: &[u8] = b"gurukul training data 1\n";
 /// Bytes of a header; counters and five reasons are far fewer.
 const MAX_HEADER_BYTES: u64 = 1 << 24;
 
+/// Reasons that are kept.
+const MAX_REASONS: usize = 5;
+
 /// Where a dataset stands, but for the examples that it holds.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Position {
     /// As decided at the first record.
     pub(super) template: Option<Template>,
-    /// From 0.
-    pub(super) epoch: u64,
+    /// The epoch that is being read, from 0.
+    pub(super) reading_epoch: u64,
     /// The epoch of the latest batch.
     pub(super) latest_epoch: u64,
     /// All epochs are through.
@@ -46,7 +49,7 @@ pub(super) struct Position {
 
 impl Position {
     pub(super) fn begin_epoch(&mut self, epoch: u64) {
-        self.epoch = epoch;
+        self.reading_epoch = epoch;
         self.source_done = false;
         self.cursor = Cursor::default();
         (self.taken, self.given) = (0, 0);
@@ -59,9 +62,11 @@ impl Position {
         let rows = stream.rows();
         self.counters.records = rows.rows;
         self.counters.bad = rows.bad;
-        // A stream that goes on at a cursor does not know the taker's earlier reasons.
-        if rows.reasons.len() > self.counters.reasons.len() {
-            self.counters.reasons.clone_from(&rows.reasons);
+        // A stream that goes on at a cursor finds some of them again, and does not know the taker's earlier ones.
+        for reason in &rows.reasons {
+            if self.counters.reasons.len() < MAX_REASONS && !self.counters.reasons.contains(reason) {
+                self.counters.reasons.push(reason.clone());
+            }
         }
     }
 }
