@@ -1,5 +1,7 @@
-//! Builds everything once, in order (model folder, tokenizer, engine, adapters, routes, listener), and takes it
+//! Builds everything once, in order (listener, jobs, model folder, tokenizer, engine, adapters, routes), and takes it
 //! down in order. What each part does is known to the part.
+
+mod training;
 
 use std::future::Future;
 use std::io;
@@ -16,10 +18,12 @@ use crate::config::Settings;
 use crate::data::hub::{self, Progress};
 use crate::engine::EngineHandle;
 use crate::http::{self, AppState, HttpSettings};
+use crate::jobs::{self, Jobs};
 use crate::metrics;
 use crate::model::tokenizer::Tokenizer;
+use crate::train::Context;
 
-/// How long running requests may go on after the signal to stop. A second signal ends them at once.
+/// How long running requests and jobs may go on after the signal to stop. A second signal ends them at once.
 const GRACE: Duration = Duration::from_secs(30);
 
 /// Marks, in an error's chain, what went wrong before anything ran: settings, model, port.
@@ -86,22 +90,34 @@ pub struct App {
     router: axum::Router,
     engine: EngineHandle,
     adapters: Arc<Registry>,
+    jobs: Jobs,
 }
 
 impl App {
-    /// Takes the port, loads the model, lays out the routes.
+    /// Takes the port, opens the jobs, loads the model, lays out the routes; jobs that an earlier process left go on.
     ///
     /// # Errors
-    /// A port in use, or what [`load`] refuses. The chain holds [`CannotStart`].
+    /// A port in use, a job store that cannot be used, or what [`load`] refuses. The chain holds [`CannotStart`].
     pub async fn build(settings: &Settings) -> anyhow::Result<Self> {
         model_spec(settings)?;
         // Before the model, because it fails at once where loading a model takes minutes. Whoever connects meanwhile waits.
         let listener = listen(SocketAddr::new(settings.host, settings.port)).await.context(CannotStart)?;
         let address = listener.local_addr().context("the listener has no address").context(CannotStart)?;
+        let jobs = open_jobs(settings).await.context(CannotStart)?;
         let Loaded { engine, tokenizer, adapters, model_id } = load(settings).await?;
+        let training = Arc::new(Context {
+            engine: engine.clone(),
+            tokenizer: tokenizer.clone(),
+            adapters: adapters.clone(),
+            model_id: model_id.clone(),
+            jobs_dir: jobs.dir(),
+        });
+        jobs.start(training::kinds(training.clone())).await.context(CannotStart)?;
         let http = HttpSettings {
             max_body_bytes: settings.max_body_bytes,
             max_prompt_bytes: settings.max_prompt_bytes,
+            max_upload_bytes: settings.max_upload_bytes,
+            configs_dir: settings.configs_dir.clone(),
             ..HttpSettings::new(model_id)
         };
         let prometheus = metrics::install().context(CannotStart)?;
@@ -111,11 +127,13 @@ impl App {
             engine: engine.clone(),
             tokenizer,
             adapters: adapters.clone(),
+            jobs: jobs.clone(),
+            training,
             settings: Arc::new(http),
             prometheus,
             started: Instant::now(),
         });
-        Ok(Self { listener, address, router, engine, adapters })
+        Ok(Self { listener, address, router, engine, adapters, jobs })
     }
 
     /// A handle to the engine, for its shutdown after the runtime's.
@@ -133,8 +151,9 @@ impl App {
         self.address
     }
 
-    /// Answers until `stop` is through; then accepts no more, and returns once the running requests have ended,
-    /// or after a grace period, or when `stop`'s answer is through: the second signal.
+    /// Answers until `stop` is through; then accepts no more, and returns once the running requests have ended and the
+    /// running jobs have written their checkpoints, or after a grace period, or when `stop`'s answer is through: the
+    /// second signal.
     ///
     /// # Errors
     /// The listener failed.
@@ -159,19 +178,44 @@ impl App {
         });
         let mut server = std::pin::pin!(server.into_future());
         let again = tokio::select! {
-            outcome = &mut server => return outcome.context("the listener failed"),
+            outcome = &mut server => {
+                self.jobs.shutdown(GRACE).await;
+                self.jobs.close().await;
+                return outcome.context("the listener failed");
+            }
             again = stop => again,
         };
         let running = self.engine.stats().running;
-        tracing::info!(running, grace_s = GRACE.as_secs(), "stopping; running requests may end");
+        tracing::info!(running, grace_s = GRACE.as_secs(), "stopping; running requests may end, jobs pause");
         drop(stopping);
-        tokio::select! {
-            outcome = server => return outcome.context("the listener failed"),
-            () = tokio::time::sleep(GRACE) => tracing::warn!("the grace period is over; cutting what still runs"),
-            () = again => tracing::warn!("asked again to stop; cutting what still runs"),
-        }
-        Ok(())
+        // Together: whoever follows a job's events is told that they end, and lets go of the server.
+        let end = async { tokio::join!(server, self.jobs.shutdown(GRACE)).0 };
+        let outcome = tokio::select! {
+            outcome = end => outcome.context("the listener failed"),
+            () = tokio::time::sleep(GRACE) => {
+                tracing::warn!("the grace period is over; cutting what still runs");
+                Ok(())
+            }
+            () = again => {
+                tracing::warn!("asked again to stop; cutting what still runs");
+                Ok(())
+            }
+        };
+        // Jobs that were cut go on from their last checkpoints.
+        self.jobs.shutdown(Duration::ZERO).await;
+        self.jobs.close().await;
+        outcome
     }
+}
+
+/// The jobs of the data folder; none runs yet.
+async fn open_jobs(settings: &Settings) -> Result<Jobs, jobs::OpenError> {
+    let settings = jobs::Settings {
+        data_dir: settings.data_dir.clone(),
+        max_parallel: settings.max_parallel_jobs,
+        keep_ended: settings.keep_jobs,
+    };
+    Jobs::open(settings).await
 }
 
 /// A future that waits for ctrl-c or SIGTERM; its answer waits for the next one. From this call on, neither ends

@@ -10,3 +10,7 @@ mod generate_lite;
 mod openai;
 #[path = "http/server.rs"]
 mod server;
+#[path = "http/training.rs"]
+mod training;
+#[path = "http/uploads.rs"]
+mod uploads;

@@ -84,11 +84,23 @@ pub(super) fn run(args: Args, mut settings: Settings) -> anyhow::Result<()> {
             workload.check().context(CannotStart)?;
             // A free port: the benchmark must not meet a server that runs already.
             settings.port = 0;
-            let app = runtime.block_on(App::build(&settings))?;
-            let engine = app.engine();
-            let report = runtime.block_on(serve_here(&workload, app));
-            runtime.shutdown_timeout(std::time::Duration::from_secs(1));
-            engine.shutdown();
+            // And a folder of its own: that server's jobs are not to run in here, and it holds its folder alone. The
+            // adapters are those of the settings.
+            let folder = std::env::temp_dir().join(format!("gurukul-bench-{}", uuid::Uuid::new_v4()));
+            std::fs::create_dir(&folder)
+                .context("no temporary folder for the benchmark")
+                .context(CannotStart)?;
+            settings.data_dir = folder.clone();
+            let app = runtime.block_on(App::build(&settings));
+            let report = app.and_then(|app| {
+                let engine = app.engine();
+                let report = runtime.block_on(serve_here(&workload, app));
+                runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+                engine.shutdown();
+                report
+            });
+            // What stays behind is for the system to clear.
+            let _ = std::fs::remove_dir_all(&folder);
             report?
         }
     };

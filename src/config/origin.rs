@@ -54,7 +54,8 @@ impl<T> Sourced<T> {
 impl<T: Copy + PartialOrd + fmt::Display> Sourced<T> {
     /// The value, when it lies in `low..=high`.
     pub fn within(&self, low: T, high: T) -> anyhow::Result<T> {
-        if self.value < low || self.value > high {
+        // What is no number is in no range.
+        if !(low..=high).contains(&self.value) {
             return Err(self.error(format_args!("{} is out of range; use {low} to {high}", self.value)));
         }
         Ok(self.value)

@@ -87,7 +87,7 @@ pub struct Typed {
     /// Where to run: auto, cpu, cuda or cuda:N [default: auto]
     #[arg(long, global = true)]
     pub device: Option<String>,
-    /// Folder that holds adapters/ [default: .]
+    /// Folder of everything that is kept: adapters/, jobs, uploads [default: .]
     #[arg(long, global = true, value_name = "FOLDER")]
     pub data_dir: Option<PathBuf>,
     /// Model folder, or hub id as org/name or org/name@revision
@@ -114,9 +114,21 @@ pub struct Typed {
     /// Memory for loaded adapters [default: 1GiB]
     #[arg(long, global = true, value_name = "SIZE")]
     pub adapter_cache: Option<ByteSize>,
+    /// Share of the engine's time that training gets while requests run, 0.05 to 0.95 [default: 0.5]
+    #[arg(long, global = true, value_name = "SHARE")]
+    pub train_share: Option<f64>,
+    /// Training jobs that run at once [default: 1]
+    #[arg(long, global = true, value_name = "N")]
+    pub max_parallel_jobs: Option<usize>,
+    /// Ended jobs that are remembered [default: 1000]
+    #[arg(long, global = true, value_name = "N")]
+    pub keep_jobs: Option<u32>,
     /// Largest request body [default: 1MiB]
     #[arg(long, global = true, value_name = "SIZE")]
     pub max_body: Option<ByteSize>,
+    /// Largest file of training data that can be uploaded [default: 64MiB]
+    #[arg(long, global = true, value_name = "SIZE")]
+    pub max_upload: Option<ByteSize>,
     /// Longest prompt, in bytes of UTF-8 [default: 256KiB]
     #[arg(long, global = true, value_name = "SIZE")]
     pub max_prompt: Option<ByteSize>,
@@ -149,7 +161,11 @@ impl Typed {
             max_queue,
             prefill_chunk,
             adapter_cache,
+            train_share,
+            max_parallel_jobs,
+            keep_jobs,
             max_body,
+            max_upload,
             max_prompt,
             log,
             insecure_no_auth,
@@ -200,6 +216,8 @@ pub struct EngineSettings {
     pub prefill_chunk: usize,
     /// `--adapter-cache`.
     pub adapter_cache_bytes: u64,
+    /// `--train-share`.
+    pub train_share: f64,
 }
 
 impl EngineSettings {
@@ -214,6 +232,7 @@ impl EngineSettings {
             max_queue,
             prefill_chunk,
             adapter_cache_bytes,
+            train_share,
         } = *self;
         EngineConfig {
             model_dir,
@@ -225,7 +244,7 @@ impl EngineSettings {
             max_queue,
             prefill_chunk,
             adapter_cache_bytes,
-            train_share: 0.5,
+            train_share,
         }
     }
 }
@@ -247,8 +266,14 @@ pub struct Settings {
     pub model: Option<String>,
     /// The engine's share.
     pub engine: EngineSettings,
+    /// Training jobs that run at once.
+    pub max_parallel_jobs: usize,
+    /// Ended jobs that are remembered.
+    pub keep_jobs: u32,
     /// Largest request body, bytes.
     pub max_body_bytes: usize,
+    /// Largest uploaded file, bytes.
+    pub max_upload_bytes: usize,
     /// Longest prompt, bytes of UTF-8.
     pub max_prompt_bytes: usize,
     /// How log lines look.
@@ -314,7 +339,11 @@ impl Settings {
         let max_queue = pick!(max_queue, 64_usize);
         let prefill_chunk = pick!(prefill_chunk, 64_usize);
         let adapter_cache = pick!(adapter_cache, ByteSize(1 << 30));
+        let train_share = pick!(train_share, 0.5);
+        let max_parallel_jobs = pick!(max_parallel_jobs, 1_usize);
+        let keep_jobs = pick!(keep_jobs, 1000_u32);
         let max_body = pick!(max_body, ByteSize(1 << 20));
+        let max_upload = pick!(max_upload, ByteSize(64 << 20));
         let mut max_prompt = pick!(max_prompt, ByteSize(256 << 10));
         let log = pick!(log, LogFormat::Text);
         let insecure_no_auth = pick!(insecure_no_auth, false);
@@ -356,6 +385,7 @@ impl Settings {
             max_queue: max_queue.within(0, 65_536)?,
             prefill_chunk: prefill_chunk.within(1, 65_536)?,
             adapter_cache_bytes: adapter_cache.within(ByteSize(1 << 10), ByteSize(1 << 44))?.0,
+            train_share: train_share.within(0.05, 0.95)?,
         };
         let max_prompt_bytes = max_prompt.within(ByteSize(1), max_body_bytes).map_err(|e| {
             e.context("a prompt comes inside a request body, so --max-prompt cannot be above --max-body")
@@ -379,7 +409,11 @@ impl Settings {
             max_queue: max_queue.value.to_string(),
             prefill_chunk: prefill_chunk.value.to_string(),
             adapter_cache: quoted(&adapter_cache.value.to_string()),
+            train_share: train_share.value.to_string(),
+            max_parallel_jobs: max_parallel_jobs.value.to_string(),
+            keep_jobs: keep_jobs.value.to_string(),
             max_body: quoted(&max_body.value.to_string()),
+            max_upload: quoted(&max_upload.value.to_string()),
             max_prompt: quoted(&max_prompt.value.to_string()),
             log: match log.value { LogFormat::Text => "text".into(), LogFormat::Json => "json".into() },
             insecure_no_auth: insecure_no_auth.value.to_string(),
@@ -392,7 +426,10 @@ impl Settings {
             configs_dir,
             model: model.value,
             engine,
+            max_parallel_jobs: max_parallel_jobs.within(1, 16)?,
+            keep_jobs: keep_jobs.within(1, 1_000_000)?,
             max_body_bytes: max_body_bytes.0 as usize,
+            max_upload_bytes: max_upload.within(ByteSize(1 << 10), ByteSize(1 << 34))?.0 as usize,
             max_prompt_bytes: max_prompt_bytes.0 as usize,
             log: log.value,
             lines,

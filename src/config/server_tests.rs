@@ -39,6 +39,10 @@ fn defaults() {
     assert_eq!(settings.model, None);
     assert_eq!(settings.adapters_dir, Path::new("./adapters"));
     assert_eq!((settings.max_body_bytes, settings.max_prompt_bytes), (1 << 20, 256 << 10));
+    assert_eq!(
+        (settings.max_parallel_jobs, settings.keep_jobs, settings.max_upload_bytes),
+        (1, 1000, 64 << 20)
+    );
     assert_eq!(settings.log, LogFormat::Text);
     let expected = EngineSettings {
         device: DeviceChoice::Auto,
@@ -49,6 +53,7 @@ fn defaults() {
         max_queue: 64,
         prefill_chunk: 64,
         adapter_cache_bytes: 1 << 30,
+        train_share: 0.5,
     };
     assert_eq!(settings.engine, expected);
 }
@@ -95,14 +100,20 @@ fn every_field_is_read_from_each_source() {
         ("max_queue", "6", "6"),
         ("prefill_chunk", "7", "7"),
         ("adapter_cache", "9MiB", "\"9MiB\""),
+        ("train_share", "0.25", "0.25"),
+        ("max_parallel_jobs", "8", "8"),
+        ("keep_jobs", "11", "11"),
         ("max_body", "2MiB", "\"2MiB\""),
+        ("max_upload", "12MiB", "\"12MiB\""),
         ("max_prompt", "1MiB", "\"1MiB\""),
         ("log", "json", "json"),
         ("insecure_no_auth", "true", "true"),
     ];
     let yaml: String = values.iter().map(|(name, value, _)| format!("{name}: \"{value}\"\n")).collect();
     // Numbers and booleans are no strings in YAML.
-    let yaml = ["81", "5", "6", "7", "true"].iter().fold(yaml, |y, v| y.replace(&format!("\"{v}\""), v));
+    let yaml = ["81", "5", "6", "7", "0.25", "8", "11", "true"]
+        .iter()
+        .fold(yaml, |y, v| y.replace(&format!("\"{v}\""), v));
     let variables: Vec<(String, &str)> =
         values.iter().map(|(name, value, _)| (format!("GURUKUL_{}", name.to_uppercase()), *value)).collect();
     let variables: Vec<(&str, &str)> = variables.iter().map(|(n, v)| (n.as_str(), *v)).collect();
@@ -183,6 +194,11 @@ fn values_out_of_range_name_place_and_range() {
         (["--prefill-chunk", "0"], ["--prefill-chunk", "1 to 65536"]),
         (["--adapter-cache", "1"], ["--adapter-cache", "1KiB to 16TiB"]),
         (["--kv-cache", "1"], ["--kv-cache", "64KiB to 16TiB"]),
+        (["--train-share", "0"], ["--train-share", "0.05 to 0.95"]),
+        (["--train-share", "NaN"], ["--train-share", "0.05 to 0.95"]),
+        (["--max-parallel-jobs", "17"], ["--max-parallel-jobs", "1 to 16"]),
+        (["--keep-jobs", "0"], ["--keep-jobs", "1 to 1000000"]),
+        (["--max-upload", "1"], ["--max-upload", "1KiB to 16GiB"]),
         (["--max-body", "2GiB"], ["--max-body", "1KiB to 1GiB"]),
         (["--max-prompt", "2MiB"], ["--max-prompt", "--max-body"]),
         (["--max-prompt", "0"], ["--max-prompt", "1 to 1MiB"]),

@@ -120,7 +120,7 @@ pub struct EngineConfig {
     pub prefill_chunk: usize,
     /// Bytes for resident adapters.
     pub adapter_cache_bytes: u64,
-    /// Share of the engine's time that training gets while requests run, above 0 and below 1.
+    /// Share of the time that training gets while requests run, 0.05 to 0.95.
     pub train_share: f64,
 }
 

@@ -7,6 +7,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::error::{ApiError, ErrorBody};
+use super::extract::path_text;
 use super::state::AppState;
 use crate::adapters::AdapterInfo;
 
@@ -53,7 +54,7 @@ pub(super) async fn get(
     State(state): State<AppState>,
     name: Result<Path<String>, PathRejection>,
 ) -> Result<Json<AdapterInfo>, ApiError> {
-    let name = path_name(name)?;
+    let name = path_text("name", name)?;
     state.adapters.get(&name).await.map(Json).map_err(in_path)
 }
 
@@ -75,17 +76,9 @@ pub(super) async fn delete(
     State(state): State<AppState>,
     name: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Deleted>, ApiError> {
-    let name = path_name(name)?;
+    let name = path_text("name", name)?;
     state.adapters.delete(&name).await.map_err(in_path)?;
     Ok(Json(Deleted { name, deleted: true }))
-}
-
-/// Percent-encoded bytes that are no UTF-8 are no name.
-fn path_name(name: Result<Path<String>, PathRejection>) -> Result<String, ApiError> {
-    match name {
-        Ok(Path(name)) => Ok(name),
-        Err(_) => Err(ApiError::invalid("name", "must be UTF-8")),
-    }
 }
 
 /// Here the name is in the path, under a parameter called `name`.

@@ -9,9 +9,13 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::adapters::AdapterError;
+use crate::config::adapter::FieldError;
+use crate::data::SourceError;
 use crate::engine::EngineError;
+use crate::jobs::JobsError;
 use crate::model::chat_template::ChatTemplateError;
 use crate::model::tokenizer::TokenizerError;
+use crate::train::TrainError;
 
 /// Seconds after which a client may come back where nothing better is known.
 const DEFAULT_RETRY_AFTER_S: u64 = 5;
@@ -202,6 +206,60 @@ impl From<AdapterError> for ApiError {
     }
 }
 
+impl From<FieldError> for ApiError {
+    fn from(FieldError { field, message }: FieldError) -> Self {
+        Self::invalid(&field, message)
+    }
+}
+
+impl From<SourceError> for ApiError {
+    fn from(error: SourceError) -> Self {
+        Self::new(StatusCode::UNPROCESSABLE_ENTITY, "source_unusable", error.to_string()).param("source")
+    }
+}
+
+impl From<TrainError> for ApiError {
+    fn from(error: TrainError) -> Self {
+        match error {
+            TrainError::Field(error) => error.into(),
+            TrainError::Source(error) => error.into(),
+            TrainError::Engine(error) => error.into(),
+            TrainError::Adapter(error) => Self::from(error).param("adapter_name"),
+            TrainError::Failed(reason) => {
+                Self::new(StatusCode::UNPROCESSABLE_ENTITY, "training_refused", reason)
+            }
+            TrainError::Io { .. } => Self::internal(error),
+        }
+    }
+}
+
+impl From<JobsError> for ApiError {
+    fn from(error: JobsError) -> Self {
+        let message = error.to_string();
+        match error {
+            JobsError::NotFound { .. } => Self::not_found("job_not_found", message).param("job_id"),
+            JobsError::FileNotFound { .. } => Self::not_found("file_not_found", message).param("file_id"),
+            JobsError::NameTaken { .. } => {
+                Self::new(StatusCode::CONFLICT, "adapter_name_in_use", message).param("adapter_name")
+            }
+            JobsError::WrongState { .. } => {
+                Self::new(StatusCode::CONFLICT, "job_state", message).param("job_id")
+            }
+            JobsError::FileInUse { .. } => {
+                Self::new(StatusCode::CONFLICT, "file_in_use", message).param("file_id")
+            }
+            JobsError::Store(reason) => {
+                tracing::error!(%reason, "the job store failed");
+                Self::unavailable(
+                    "job_store_failed",
+                    format!("{message}; nothing was changed, try again later"),
+                )
+            }
+            JobsError::Stopping => Self::unavailable("shutting_down", message),
+        }
+    }
+}
+
 impl From<TokenizerError> for ApiError {
     fn from(error: TokenizerError) -> Self {
         // Any text can be tokenized: a failure is the tokenizer's, not the client's.
@@ -244,6 +302,29 @@ mod tests {
         assert_eq!(retry_after(EngineError::AdapterInvalid("shape".into())), (422, None));
         let range = EngineError::InvalidParameter { field: "top_p", message: "must be above 0".into() };
         assert_eq!(retry_after(range), (400, None));
+    }
+
+    #[test]
+    fn jobs_and_training_have_their_statuses() {
+        let of = |error: ApiError| (error.status().as_u16(), error.code(), error.param.clone());
+        let missing = ApiError::from(JobsError::NotFound { id: "x".into() });
+        assert_eq!(of(missing), (404, "job_not_found", Some("job_id".into())));
+        let taken = JobsError::NameTaken { name: "a".into(), job: "0190-other".into() };
+        assert!(ApiError::from(taken.clone()).message.contains("0190-other"));
+        assert_eq!(of(taken.into()), (409, "adapter_name_in_use", Some("adapter_name".into())));
+        let store = ApiError::from(JobsError::Store("database or disk is full".into()));
+        assert!(store.message.contains("disk is full"), "{}", store.message);
+        assert_eq!(of(store), (503, "job_store_failed", None));
+        let memory =
+            EngineError::TrainingMemory { needed_bytes: 9, free_bytes: 5, remedy: "lower batch_size".into() };
+        let memory = ApiError::from(TrainError::Engine(memory));
+        assert!(memory.message.contains('9') && memory.message.contains("batch_size"), "{}", memory.message);
+        assert_eq!(of(memory), (422, "training_memory", None));
+        let field = FieldError { field: "r".into(), message: "must be at least 1".into() };
+        assert_eq!(of(TrainError::Field(field).into()), (400, "invalid_value", Some("r".into())));
+        let secret = TrainError::Io { what: "/root/x".into(), source: std::io::Error::other("SECRET") };
+        let body = serde_json::to_string(&ApiError::from(secret).body()).expect("the envelope is JSON");
+        assert!(!body.contains("SECRET") && !body.contains("/root/x"), "{body}");
     }
 
     #[test]

@@ -1,10 +1,12 @@
-//! A JSON body into a typed request, with errors that name the field: content type, size, UTF-8, syntax,
+//! A JSON body or a query into a typed request, with errors that name the field: content type, size, UTF-8, syntax,
 //! unknown fields, wrong types. Ranges are each endpoint's own affair.
 
 use std::time::Duration;
 
 use axum::body::{BodyDataStream, Bytes};
-use axum::extract::{FromRequest, Request};
+use axum::extract::rejection::PathRejection;
+use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
 use futures::StreamExt;
 use serde::de::DeserializeOwned;
@@ -13,11 +15,11 @@ use super::error::ApiError;
 use super::state::AppState;
 
 /// How long a client may take to send its body.
-const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How much of a body that is too large is still read, and thrown away. A client that is cut off while it is
 /// writing sees a broken connection instead of the 413.
-const DRAIN_LIMIT_BYTES: usize = 64 << 20;
+pub(super) const DRAIN_LIMIT_BYTES: usize = 64 << 20;
 
 /// A request body of type `T`.
 ///
@@ -43,6 +45,39 @@ impl<T: DeserializeOwned> FromRequest<AppState> for ApiJson<T> {
         })??;
         parse(&body).map(Self)
     }
+}
+
+/// The query of the address as type `T`.
+pub(super) struct ApiQuery<T>(pub(super) T);
+
+impl<T: DeserializeOwned, S: Sync> FromRequestParts<S> for ApiQuery<T> {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+        let Query(query) = Query::try_from_uri(&parts.uri).map_err(|error| of_query(&error.body_text()))?;
+        Ok(Self(query))
+    }
+}
+
+/// Serde says what is wrong with a query in text alone: `Failed to deserialize query string: limit: invalid digit`.
+fn of_query(text: &str) -> ApiError {
+    let message = text.strip_prefix("Failed to deserialize query string: ").unwrap_or(text);
+    let bad = |code, message| ApiError::new(StatusCode::BAD_REQUEST, code, message);
+    if let Some((_, rest)) = message.split_once("unknown field `")
+        && let Some((field, rest)) = rest.split_once('`')
+    {
+        let known = rest.trim_start_matches(", ");
+        return bad("unknown_parameter", format!("{field} is not known in this query: {known}")).param(field);
+    }
+    match message.split_once(": ") {
+        Some((field, reason)) => bad("invalid_value", format!("{field}: {reason}")).param(field),
+        None => bad("invalid_value", format!("the query of the address is wrong: {message}")),
+    }
+}
+
+/// A part of the path. Percent-encoded bytes that are no UTF-8 are an error naming it.
+pub(super) fn path_text(name: &str, text: Result<Path<String>, PathRejection>) -> Result<String, ApiError> {
+    text.map(|Path(text)| text).map_err(|_| ApiError::invalid(name, "must be UTF-8"))
 }
 
 fn is_json(headers: &HeaderMap) -> bool {
@@ -87,7 +122,7 @@ async fn drain(body: &mut BodyDataStream) {
     }
 }
 
-fn body_too_large(limit: usize) -> ApiError {
+pub(super) fn body_too_large(limit: usize) -> ApiError {
     let message = format!("the body is larger than the {limit} bytes that this server takes");
     ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
 }
@@ -229,6 +264,26 @@ mod tests {
         let (code, _, message) = refused(b"{\"_prompt\":\"\xff\"}");
         assert_eq!(code, "invalid_utf8");
         assert!(message.contains("byte 12"), "{message}");
+    }
+
+    #[test]
+    fn queries_name_what_is_wrong() {
+        #[derive(Debug, Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Page {
+            _start: Option<u64>,
+            _limit: Option<i64>,
+        }
+        let refused = |query: &str| {
+            let uri: axum::http::Uri = format!("/x?{query}").parse().expect("is an address");
+            let Err(error) = Query::<Page>::try_from_uri(&uri) else { panic!("{query} must be refused") };
+            let error = of_query(&error.body_text()).body().error;
+            (error.code, error.param.unwrap_or_default())
+        };
+        assert_eq!(refused("_start=-1"), ("invalid_value", "_start".to_owned()));
+        assert_eq!(refused("_limit=many"), ("invalid_value", "_limit".to_owned()));
+        assert_eq!(refused("limti=3"), ("unknown_parameter", "limti".to_owned()));
+        assert_eq!(refused("_limit=1&_limit=2").0, "invalid_value");
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! `GET /health`: what the server is and how it does. Reads the engine's last snapshot, so it answers at once
-//! also while the engine is in the middle of a step.
+//! `GET /health`: what the server is and how it does. Reads the engine's last snapshot and the job store, so it answers
+//! at once also while the engine is in the middle of a step.
 
 use axum::Json;
 use axum::extract::State;
@@ -8,6 +8,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::state::AppState;
+use crate::jobs::{Counts, JobFilter, JobState, Jobs, JobsError, rfc3339};
 
 /// State of the server.
 #[derive(Debug, Serialize, ToSchema)]
@@ -32,6 +33,8 @@ pub(super) struct Health {
     kv_cache: KvCacheHealth,
     /// Adapters on the device.
     adapters: Vec<ResidentAdapter>,
+    /// Training jobs.
+    jobs: JobsHealth,
 }
 
 /// What is served.
@@ -112,6 +115,65 @@ pub(super) struct ResidentAdapter {
     bytes: u64,
 }
 
+/// Training jobs.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct JobsHealth {
+    /// Now; null while the job store fails.
+    running: Option<u64>,
+    /// That wait for their turn.
+    pending: Option<u64>,
+    /// That run at once at most.
+    limit: usize,
+    /// The job that failed last, of those that are remembered; null when none did.
+    last_error: Option<JobFailure>,
+    /// Why the job store fails; null when it does not.
+    store_error: Option<String>,
+}
+
+/// A job that failed.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct JobFailure {
+    /// The job.
+    job_id: String,
+    /// When, RFC 3339.
+    at: Option<String>,
+    /// Why.
+    error: String,
+}
+
+impl JobsHealth {
+    async fn of(jobs: &Jobs) -> Self {
+        let limit = jobs.max_parallel();
+        match Self::read(jobs).await {
+            Ok((counts, last_error)) => Self {
+                running: Some(counts.running),
+                pending: Some(counts.pending),
+                limit,
+                last_error,
+                store_error: None,
+            },
+            // The rest of the server is as well as it is.
+            Err(error) => Self {
+                running: None,
+                pending: None,
+                limit,
+                last_error: None,
+                store_error: Some(error.to_string()),
+            },
+        }
+    }
+
+    async fn read(jobs: &Jobs) -> Result<(Counts, Option<JobFailure>), JobsError> {
+        let failed = JobFilter { status: Some(JobState::Failed), ..JobFilter::default() };
+        let last = jobs.list(failed, 1).await?.pop().map(|job| JobFailure {
+            job_id: job.id,
+            at: job.finished_ms.map(rfc3339),
+            error: job.error.unwrap_or_default(),
+        });
+        Ok((jobs.counts().await?, last))
+    }
+}
+
 /// State of the server
 #[utoipa::path(
     get,
@@ -163,6 +225,7 @@ pub(super) async fn health(State(state): State<AppState>) -> (StatusCode, Json<H
             capacity_tokens: info.kv_cache_tokens,
         },
         adapters: stats.adapters.into_iter().map(resident).collect(),
+        jobs: JobsHealth::of(&state.jobs).await,
     };
     (code, Json(health))
 }

@@ -24,6 +24,8 @@ pub(super) struct Index {
     health: &'static str,
     /// The endpoints that generate.
     generate: [&'static str; 3],
+    /// The endpoints that train.
+    train: [&'static str; 2],
 }
 
 /// Where things are
@@ -37,5 +39,6 @@ pub(super) async fn index(State(state): State<AppState>) -> Json<Index> {
         openapi: "/openapi.json",
         health: "/health",
         generate: ["/generate-lite", "/v1/completions", "/v1/chat/completions"],
+        train: ["/adapter/train-lite", "/v1/fine_tuning/jobs"],
     })
 }

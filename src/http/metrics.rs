@@ -1,5 +1,5 @@
 //! `GET /metrics`: Prometheus text. What requests leave behind is counted as they go; what the engine knows is
-//! read from its last snapshot when somebody asks.
+//! read from its last snapshot when somebody asks, and what the jobs are at from their store.
 
 use axum::extract::State;
 use axum::http::header;
@@ -7,7 +7,8 @@ use axum::response::IntoResponse;
 
 use super::health::resident_set_bytes;
 use super::state::AppState;
-use crate::metrics::{self, EngineSnapshot};
+use crate::jobs::{Counts, JobFilter, JobState, JobsError};
+use crate::metrics::{self, EngineSnapshot, RunningJob};
 
 /// Metrics
 ///
@@ -36,5 +37,36 @@ pub(super) async fn render(State(state): State<AppState>) -> impl IntoResponse {
         adapter_bytes: stats.adapters.iter().map(|(_, _, bytes)| bytes).sum(),
     });
     metrics::process(state.started.elapsed().as_secs_f64(), resident_set_bytes());
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], state.prometheus.render())
+    let running = match jobs(&state).await {
+        Ok(running) => running,
+        Err(error) => {
+            tracing::error!(%error, "the metrics are without the jobs");
+            Vec::new()
+        }
+    };
+    let text = state.prometheus.render() + &metrics::running_jobs(&running);
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
+}
+
+/// Shows how many jobs there are, and returns those that run.
+async fn jobs(state: &AppState) -> Result<Vec<RunningJob>, JobsError> {
+    let Counts { pending, running, completed, failed, cancelled } = state.jobs.counts().await?;
+    metrics::jobs([
+        ("pending", pending),
+        ("running", running),
+        ("completed", completed),
+        ("failed", failed),
+        ("cancelled", cancelled),
+    ]);
+    let filter = JobFilter { status: Some(JobState::Running), ..JobFilter::default() };
+    let limit = u32::try_from(state.jobs.max_parallel()).unwrap_or(u32::MAX);
+    let running = state.jobs.list(filter, limit).await?;
+    let figures = running.into_iter().map(|job| RunningJob {
+        tokens_per_s: job.progress["tokens_per_s"].as_f64(),
+        step: job.progress["step"].as_f64(),
+        total_steps: job.progress["total_steps"].as_f64(),
+        loss: job.progress["loss"].as_f64(),
+        adapter: job.name,
+    });
+    Ok(figures.collect())
 }

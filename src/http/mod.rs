@@ -12,12 +12,15 @@ mod generate_lite;
 mod generation;
 mod health;
 mod index;
+mod job_events;
+mod jobs;
 mod metrics;
 mod middleware;
 mod openai;
 mod openapi;
 mod sse;
 mod state;
+mod train;
 
 use axum::Router;
 use axum::http::{StatusCode, Uri};
@@ -28,6 +31,7 @@ use utoipa_axum::routes;
 
 pub use error::{ApiError, ErrorBody, ErrorDetail, ErrorType};
 pub use state::{AppState, GenerationDefaults, HttpSettings};
+pub use train::TRAIN_KIND;
 
 /// Every route, and with it the OpenAPI document.
 fn table() -> OpenApiRouter<AppState> {
@@ -37,6 +41,22 @@ fn table() -> OpenApiRouter<AppState> {
         .routes(routes!(openai::chat::create))
         .routes(routes!(openai::models::list))
         .routes(routes!(openai::models::retrieve))
+        .routes(routes!(openai::files::create, openai::files::list))
+        .routes(routes!(openai::files::retrieve, openai::files::delete))
+        .routes(routes!(openai::files::content_of))
+        .routes(routes!(openai::fine_tuning::create, openai::fine_tuning::list))
+        .routes(routes!(openai::fine_tuning::retrieve))
+        .routes(routes!(openai::fine_tuning::cancel))
+        .routes(routes!(openai::fine_tuning::events))
+        .routes(routes!(openai::fine_tuning::checkpoints))
+        .routes(routes!(train::train_lite))
+        .routes(routes!(jobs::list))
+        .routes(routes!(jobs::status))
+        .routes(routes!(jobs::log))
+        .routes(routes!(jobs::log_tail))
+        .routes(routes!(job_events::events))
+        .routes(routes!(jobs::cancel))
+        .routes(routes!(jobs::resume))
         .routes(routes!(adapters::list))
         .routes(routes!(adapters::get, adapters::delete))
         .routes(routes!(health::health))
@@ -85,6 +105,25 @@ mod tests {
         );
         for (path, method) in [
             ("/generate-lite", "post"),
+            ("/adapter/train-lite", "post"),
+            ("/adapter/status/{job_id}", "get"),
+            ("/adapter/logs/{job_id}", "get"),
+            ("/adapter/logs/{job_id}/tail", "get"),
+            ("/adapter/events/{job_id}", "get"),
+            ("/adapter/cancel/{job_id}", "post"),
+            ("/adapter/resume/{job_id}", "post"),
+            ("/adapter/jobs", "get"),
+            ("/v1/files", "post"),
+            ("/v1/files", "get"),
+            ("/v1/files/{file_id}", "get"),
+            ("/v1/files/{file_id}", "delete"),
+            ("/v1/files/{file_id}/content", "get"),
+            ("/v1/fine_tuning/jobs", "post"),
+            ("/v1/fine_tuning/jobs", "get"),
+            ("/v1/fine_tuning/jobs/{fine_tuning_job_id}", "get"),
+            ("/v1/fine_tuning/jobs/{fine_tuning_job_id}/cancel", "post"),
+            ("/v1/fine_tuning/jobs/{fine_tuning_job_id}/events", "get"),
+            ("/v1/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints", "get"),
             ("/adapter/list", "get"),
             ("/adapter/{name}", "get"),
             ("/adapter/{name}", "delete"),
@@ -97,8 +136,10 @@ mod tests {
             ("/v1/chat/completions", "post"),
         ] {
             let operation = &document["paths"][path][method];
-            assert!(operation["responses"]["200"].is_object(), "{method} {path}");
-            if method == "post" {
+            let accepts = ["/adapter/train-lite", "/adapter/resume/{job_id}"].contains(&path);
+            let good = if accepts { "202" } else { "200" };
+            assert!(operation["responses"][good].is_object(), "{method} {path}");
+            if operation["tags"][0] == "generate" || path.ends_with("completions") {
                 for status in ["400", "404", "413", "415", "422", "429", "500", "503"] {
                     let schema = &operation["responses"][status]["content"]["application/json"]["schema"];
                     assert_eq!(schema["$ref"], "#/components/schemas/ErrorBody", "{method} {path} {status}");
@@ -115,6 +156,26 @@ mod tests {
         insta::with_settings!({snapshot_path => "../../tests/snapshots", prepend_module_to_snapshot => false}, {
             insta::assert_json_snapshot!("openapi", document);
         });
+    }
+
+    #[test]
+    fn what_training_can_refuse_with_is_documented() {
+        let document = serde_json::to_value(table().into_openapi()).expect("is JSON");
+        for (path, method, statuses) in [
+            ("/adapter/train-lite", "post", &["400", "404", "409", "413", "415", "422", "503"][..]),
+            ("/adapter/status/{job_id}", "get", &["404", "503"]),
+            ("/adapter/cancel/{job_id}", "post", &["404", "409", "503"]),
+            ("/adapter/resume/{job_id}", "post", &["404", "409", "503"]),
+            ("/v1/files", "post", &["400", "413", "415", "503"]),
+            ("/v1/files/{file_id}", "delete", &["404", "409"]),
+            ("/v1/fine_tuning/jobs", "post", &["400", "404", "413", "415", "422", "503"]),
+        ] {
+            let responses = &document["paths"][path][method]["responses"];
+            for status in statuses {
+                let schema = &responses[status]["content"]["application/json"]["schema"];
+                assert_eq!(schema["$ref"], "#/components/schemas/ErrorBody", "{method} {path} {status}");
+            }
+        }
     }
 
     #[test]

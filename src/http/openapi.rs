@@ -17,7 +17,7 @@ use super::state::AppState;
 #[openapi(
     info(
         title = "Gurukul",
-        description = "Serves a small language model and its LoRA adapters. Every error has the body \
+        description = "Serves a small language model and its LoRA adapters, and trains them. Every error has the body \
                        `{\"error\":{\"message\",\"type\",\"param\",\"code\"}}`; every response has the header \
                        `x-request-id`.",
         license(name = "Apache-2.0", identifier = "Apache-2.0"),
@@ -26,6 +26,7 @@ use super::state::AppState;
         (name = "generate", description = "Text from a prompt"),
         (name = "openai", description = "Compatible with OpenAI's clients"),
         (name = "adapters", description = "LoRA adapters"),
+        (name = "training", description = "Jobs that train adapters"),
         (name = "server", description = "The server itself"),
     ),
     components(schemas(super::generate_lite::TokenEvent, super::openai::chat_wire::ContentPart)),

@@ -58,8 +58,13 @@ pub(super) fn respond(generations: Vec<Generation>, mut frames: impl Frames) -> 
         ready,
         frames,
     };
-    let stream = running.into_stream().map(Ok::<_, Infallible>);
-    let mut response = Sse::new(stream).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response();
+    stream_of(running.into_stream())
+}
+
+/// Answers with a stream of events.
+pub(super) fn stream_of(frames: impl Stream<Item = Frame> + Send + 'static) -> Response {
+    let frames = frames.map(Ok::<_, Infallible>);
+    let mut response = Sse::new(frames).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response();
     // nginx holds a response back to fill its buffers unless it is told not to.
     let unbuffered = (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
     response.headers_mut().insert(unbuffered.0, unbuffered.1);

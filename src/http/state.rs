@@ -1,13 +1,16 @@
 //! What every handler can reach: handles and settings, cheap to clone. Nothing here does any work.
 
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use metrics_exporter_prometheus::PrometheusHandle;
 
 use crate::adapters;
 use crate::engine::EngineHandle;
+use crate::jobs::Jobs;
 use crate::model::tokenizer::Tokenizer;
+use crate::train;
 
 /// State of the routes.
 #[derive(Clone)]
@@ -18,6 +21,10 @@ pub struct AppState {
     pub tokenizer: Arc<Tokenizer>,
     /// Adapters on disk.
     pub adapters: Arc<adapters::Registry>,
+    /// Training jobs.
+    pub jobs: Jobs,
+    /// What training jobs work with, to check one before it is accepted.
+    pub training: Arc<train::Context>,
     /// Resolved settings of this surface.
     pub settings: Arc<HttpSettings>,
     /// Renders what `/metrics` answers.
@@ -47,6 +54,12 @@ pub struct HttpSettings {
     pub max_body_bytes: usize,
     /// Longest prompt, in bytes of UTF-8; all messages together for a chat.
     pub max_prompt_bytes: usize,
+    /// Largest uploaded file, in bytes.
+    pub max_upload_bytes: usize,
+    /// Folder of the settings files that requests name.
+    pub configs_dir: PathBuf,
+    /// Time between signs of life on a stream of a job's events.
+    pub heartbeat: Duration,
     /// What `/generate-lite` uses where a request says nothing.
     pub generation: GenerationDefaults,
 }
@@ -58,6 +71,9 @@ impl HttpSettings {
             model_id: model_id.into(),
             max_body_bytes: 1 << 20,
             max_prompt_bytes: 256 << 10,
+            max_upload_bytes: 64 << 20,
+            configs_dir: PathBuf::from("configs"),
+            heartbeat: Duration::from_secs(10),
             generation: GenerationDefaults::default(),
         }
     }

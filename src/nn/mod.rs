@@ -1,6 +1,8 @@
 //! Tensors only: layers, kernels, adapters' low-rank products, the KV cache. Imports nothing of ours.
 
 pub mod attention;
+#[cfg(test)]
+mod gradient_tests;
 pub mod kv_cache;
 pub mod linear;
 pub mod lora;

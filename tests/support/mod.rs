@@ -1,16 +1,19 @@
 //! A whole server in this process for the HTTP tests: engine, registry and routes over a fixture model, on a
 //! port of its own. It must not know what any test checks.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gurukul::adapters::Registry;
 use gurukul::engine::{EngineConfig, EngineHandle};
-use gurukul::http::{AppState, HttpSettings, router};
+use gurukul::http::{AppState, HttpSettings, TRAIN_KIND, router};
+use gurukul::jobs::{self, Jobs, Work};
 use gurukul::model::load::{DeviceChoice, DtypeChoice};
 use gurukul::model::tokenizer::Tokenizer;
 use gurukul::nn::quant::Quantization;
+use gurukul::train::Context;
 use serde_json::Value;
 
 /// Name of the base model.
@@ -20,13 +23,16 @@ pub(crate) const ADAPTER: &str = "hindi-v1";
 /// Context of the fixture model, in tokens.
 pub(crate) const CONTEXT: usize = 512;
 
+/// Largest upload, in bytes.
+pub(crate) const MAX_UPLOAD: usize = 1 << 20;
+
 /// A running server; stops when dropped.
 pub(crate) struct Server {
     /// `http://127.0.0.1:PORT`
     pub(crate) base: String,
     pub(crate) state: AppState,
     pub(crate) client: reqwest::Client,
-    pub(crate) data: tempfile::TempDir,
+    pub(crate) data: Arc<tempfile::TempDir>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -49,9 +55,19 @@ pub(crate) fn fixture(name: &str) -> PathBuf {
 }
 
 impl Server {
-    /// Starts over the llama fixture with its adapter.
+    /// Starts over the llama fixture with its adapter. Jobs are accepted, and fail for want of work.
     pub(crate) async fn start(limits: Limits) -> Self {
-        let data = tempfile::tempdir().expect("a temporary folder can be made");
+        Self::start_in(limits, Arc::new(tempfile::tempdir().expect("a temporary folder can be made")), None)
+            .await
+    }
+
+    /// Starts in a data folder, with what is to be done for a training job. Files that requests name are looked for in
+    /// its folder `configs`.
+    pub(crate) async fn start_in(
+        limits: Limits,
+        data: Arc<tempfile::TempDir>,
+        training: Option<Work>,
+    ) -> Self {
         let adapters = data.path().join("adapters");
         copy_adapter(&adapters.join(ADAPTER));
         let tokenizer =
@@ -69,11 +85,31 @@ impl Server {
             train_share: 0.5,
         };
         let engine = EngineHandle::start(config, tokenizer.clone()).expect("the engine starts");
+        let adapters = Arc::new(Registry::new(adapters, engine.clone()));
+        let jobs = jobs::Settings { data_dir: data.path().to_owned(), max_parallel: 1, keep_ended: 100 };
+        let jobs = Jobs::open(jobs).await.expect("the store can be opened");
+        let kinds = training.map(|work| BTreeMap::from([(TRAIN_KIND, work)])).unwrap_or_default();
+        jobs.start(kinds).await.expect("the store can be read");
+        let training = Context {
+            engine: engine.clone(),
+            tokenizer: tokenizer.clone(),
+            adapters: adapters.clone(),
+            model_id: MODEL.to_owned(),
+            jobs_dir: jobs.dir(),
+        };
+        let settings = HttpSettings {
+            configs_dir: data.path().join("configs"),
+            max_upload_bytes: MAX_UPLOAD,
+            heartbeat: Duration::from_millis(300),
+            ..HttpSettings::new(MODEL)
+        };
         let state = AppState {
-            adapters: Arc::new(Registry::new(adapters, engine.clone())),
+            adapters,
             engine,
             tokenizer,
-            settings: Arc::new(HttpSettings::new(MODEL)),
+            jobs,
+            training: Arc::new(training),
+            settings: Arc::new(settings),
             prometheus: gurukul::metrics::install().expect("metrics can be recorded"),
             started: Instant::now(),
         };
@@ -111,6 +147,15 @@ impl Server {
         assert_eq!(response.headers()["content-type"], "text/event-stream");
         let text = response.text().await.expect("the stream ends");
         text.lines().filter_map(|line| line.strip_prefix("data: ")).map(str::to_owned).collect()
+    }
+
+    /// Ends the server as the program does, and gives its data folder back.
+    pub(crate) async fn stop(self) -> Arc<tempfile::TempDir> {
+        let (jobs, data) = (self.state.jobs.clone(), self.data.clone());
+        jobs.shutdown(Duration::from_secs(20)).await;
+        drop(self);
+        jobs.close().await;
+        data
     }
 
     /// Waits until the engine has nothing to do.

@@ -1,10 +1,15 @@
-//! The part of OpenAI's API that its official clients use to generate: what the endpoints below have in common.
+//! The part of OpenAI's API that its official clients use to generate and to train: what the endpoints below have in
+//! common.
 //! The served model and each adapter are models; an unknown name is an error, never the base.
 
 pub(super) mod chat;
 pub(super) mod chat_wire;
 pub(super) mod completions;
+pub(super) mod files;
+pub(super) mod fine_tuning;
+mod fine_tuning_wire;
 pub(super) mod models;
+mod training_file;
 
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
@@ -115,6 +120,11 @@ fn neutral(name: &str, value: Option<&Value>, is_neutral: fn(&Value) -> bool) ->
         }
         _ => Ok(()),
     }
+}
+
+/// Times are whole seconds in this API.
+fn unix_s(ms: i64) -> u64 {
+    u64::try_from(ms / 1000).unwrap_or_default()
 }
 
 /// Nothing but null is neutral.

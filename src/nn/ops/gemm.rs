@@ -402,6 +402,18 @@ struct Left {
     step: usize,
 }
 
+impl Left {
+    fn is_packed(self) -> bool {
+        (self.row, self.step) == (1, TILE_M)
+    }
+
+    /// Row and step, as constants where the operand is packed: addresses then take no registers.
+    #[inline(always)]
+    fn strides<const PACKED: bool>(self) -> (usize, usize) {
+        if PACKED { (1, TILE_M) } else { (self.row, self.step) }
+    }
+}
+
 /// One tile: at most [`TILE_M`] x [`TILE_N`] elements of c.
 ///
 /// # Safety
@@ -468,8 +480,11 @@ mod x86 {
     use super::Left;
 
     macro_rules! by_rows {
-        ($m:expr, $tile:ident, [$($rows:literal)*], $arguments:tt) => {
-            match $m { $($rows => $tile::<$rows> $arguments,)* _ => unreachable!("a tile has that many rows") }
+        ($m:expr, $tile:ident, $packed:literal, [$($rows:literal)*], $arguments:tt) => {
+            match $m {
+                $($rows => $tile::<$rows, $packed> $arguments,)*
+                _ => unreachable!("a tile has that many rows"),
+            }
         };
     }
 
@@ -485,14 +500,18 @@ mod x86 {
     ) {
         // SAFETY: the promise of `tile`.
         unsafe {
-            by_rows!(m, tile_avx512, [1 2 3 4 5 6 7 8 9 10 11 12], (n, k, a, b, b_row, c, c_row, add));
+            if a.is_packed() {
+                by_rows!(m, tile_avx512, true, [1 2 3 4 5 6 7 8 9 10 11 12], (n, k, a, b, b_row, c, c_row, add));
+            } else {
+                by_rows!(m, tile_avx512, false, [1 2 3 4 5 6 7 8 9 10 11 12], (n, k, a, b, b_row, c, c_row, add));
+            }
         }
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
     #[expect(clippy::too_many_arguments, reason = "as `tile`, taken apart")]
-    unsafe fn tile_avx512<const M: usize>(
+    unsafe fn tile_avx512<const M: usize, const PACKED: bool>(
         n: usize,
         k: usize,
         a: Left,
@@ -504,6 +523,7 @@ mod x86 {
     ) {
         let lanes = (1u64 << n) - 1;
         let (low, high) = (lanes as u16, (lanes >> 16) as u16);
+        let (a_row, a_step) = a.strides::<PACKED>();
         let mut acc = [[_mm512_setzero_ps(); 2]; M];
         // SAFETY: the promise of `tile`; lanes beyond n are masked, and masked lanes are not touched.
         unsafe {
@@ -511,9 +531,9 @@ mod x86 {
                 let row = b.add(p * b_row);
                 let b0 = _mm512_maskz_loadu_ps(low, row);
                 let b1 = _mm512_maskz_loadu_ps(high, row.wrapping_add(16));
-                let x = a.at.add(p * a.step);
+                let x = a.at.add(p * a_step);
                 for i in 0..M {
-                    let x = _mm512_set1_ps(*x.add(i * a.row));
+                    let x = _mm512_set1_ps(*x.add(i * a_row));
                     acc[i][0] = _mm512_fmadd_ps(x, b0, acc[i][0]);
                     acc[i][1] = _mm512_fmadd_ps(x, b1, acc[i][1]);
                 }
@@ -549,7 +569,11 @@ mod x86 {
                 unsafe {
                     let a = Left { at: a.at.add(i * a.row), ..a };
                     let (b, c) = (b.add(j), c.add(i * c_row + j));
-                    by_rows!((m - i).min(6), tile_avx2, [1 2 3 4 5 6], ((n - j).min(16), k, a, b, b_row, c, c_row, add));
+                    if a.is_packed() {
+                        by_rows!((m - i).min(6), tile_avx2, true, [1 2 3 4 5 6], ((n - j).min(16), k, a, b, b_row, c, c_row, add));
+                    } else {
+                        by_rows!((m - i).min(6), tile_avx2, false, [1 2 3 4 5 6], ((n - j).min(16), k, a, b, b_row, c, c_row, add));
+                    }
                 }
             }
         }
@@ -558,7 +582,7 @@ mod x86 {
     #[inline]
     #[target_feature(enable = "avx2,fma")]
     #[expect(clippy::too_many_arguments, reason = "as `tile`, taken apart")]
-    unsafe fn tile_avx2<const M: usize>(
+    unsafe fn tile_avx2<const M: usize, const PACKED: bool>(
         n: usize,
         k: usize,
         a: Left,
@@ -571,6 +595,7 @@ mod x86 {
         let lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
         let low = _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), lane);
         let high = _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32 - 8), lane);
+        let (a_row, a_step) = a.strides::<PACKED>();
         let mut acc = [[_mm256_setzero_ps(); 2]; M];
         // SAFETY: the promise of `tile`; lanes beyond n are masked, and masked lanes are not touched.
         unsafe {
@@ -578,9 +603,9 @@ mod x86 {
                 let row = b.add(p * b_row);
                 let b0 = _mm256_maskload_ps(row, low);
                 let b1 = _mm256_maskload_ps(row.wrapping_add(8), high);
-                let x = a.at.add(p * a.step);
+                let x = a.at.add(p * a_step);
                 for i in 0..M {
-                    let x = _mm256_broadcast_ss(&*x.add(i * a.row));
+                    let x = _mm256_broadcast_ss(&*x.add(i * a_row));
                     acc[i][0] = _mm256_fmadd_ps(x, b0, acc[i][0]);
                     acc[i][1] = _mm256_fmadd_ps(x, b1, acc[i][1]);
                 }
