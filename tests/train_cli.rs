@@ -113,7 +113,7 @@ fn a_job_from_files_to_an_adapter_and_through_interruptions() {
     assert!(output.status.success(), "{}", stderr(&output));
     let (told, said) = (stderr(&output), String::from_utf8_lossy(&output.stdout).into_owned());
     assert!(
-        said.starts_with("adapter rows generation 1: 56 steps, loss ") && said.contains("evaluation loss"),
+        said.starts_with("adapter rows generation 1: 60 steps, loss ") && said.contains("evaluation loss"),
         "{said}"
     );
     for part in ["plan: ", "source Rows: ", "step 1/", "checkpoint in ", "adapters/rows"] {
