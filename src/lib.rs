@@ -9,7 +9,9 @@
 //! - [`engine`]: the thread that owns the device; scheduling, sampling, streaming;
 //! - [`model`]: checkpoints, tokenizers, families, the one decoder;
 //! - [`nn`]: tensors only: layers, kernels, the KV cache;
-//! - [`data`]: files from where they lie (today: model files from a hub);
+//! - [`data`]: streams of records from where they lie, and model files from a hub;
+//! - [`train`]: the recipe that turns records into an adapter;
+//! - [`jobs`]: long work that outlives a request and a crash;
 //! - [`text`]: pure functions on text: scripts, languages, cleaning;
 //! - [`metrics`]: every metric, named in one place.
 //!
