@@ -219,13 +219,14 @@ async fn a_job_that_goes_on_ends_with_the_same_bytes() {
     // Paused after every step that is reported, each time in a new process as far as the job can tell.
     let f = Fixture::new();
     let job = f.job(40, config());
-    let mut pauses = 0;
+    let (mut pauses, mut paused) = (0, 0);
     let last = loop {
         let restarted = context(f.data.path());
-        match run_until(&restarted, "job", &job, |_| Stop::Pause).await.0.unwrap() {
+        let ask = move |step| if step > paused { Stop::Pause } else { Stop::No };
+        match run_until(&restarted, "job", &job, ask).await.0.unwrap() {
             Ending::Paused { step } => {
-                pauses += 1;
-                assert!(step <= progress.step && pauses < 100, "step {step} at pause {pauses}");
+                assert_eq!(step, paused + 1);
+                (pauses, paused) = (pauses + 1, step);
             }
             Ending::Completed { progress, .. } => break progress,
             other => panic!("{other:?}"),
@@ -252,6 +253,50 @@ async fn a_job_that_goes_on_ends_with_the_same_bytes() {
     }
     let (ending, _) = f.run("job", &job).await;
     assert!(matches!(ending, Ok(Ending::Completed { .. })), "{ending:?}");
+    assert_eq!(std::fs::read(f.adapter().join(TENSORS)).unwrap(), expected);
+}
+
+/// Most moments lie in the middle of a step: its passes are given up and made again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_is_paused_at_any_moment_ends_with_the_same_bytes() {
+    let rows: String = (0..64)
+        .map(|i| {
+            let word = format!(" the word {}", i % 7).repeat(12);
+            format!("{{\"prompt\": \"say {}\", \"completion\": \"{word}\"}}\n", i % 7)
+        })
+        .collect();
+    let long = AdapterConfig { batch_size: 8, gradient_accumulation_steps: 2, epochs: 3, ..config() };
+    let alone = Fixture::new();
+    let (ending, _) = alone.run("job", &alone.job_over(&rows, long.clone())).await;
+    assert!(matches!(ending, Ok(Ending::Completed { .. })), "{ending:?}");
+    let expected = std::fs::read(alone.adapter().join(TENSORS)).unwrap();
+
+    let f = Fixture::new();
+    let job = f.job_over(&rows, long);
+    let (mut in_a_step, mut pauses) = (0, 0_u64);
+    loop {
+        let (stop, stopping) = watch::channel(Stop::No);
+        let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+        let reporter = Steps(tell);
+        let run = job::run(&f.context, "job", &job, &reporter, stopping);
+        let ask = async {
+            // A step further each time, and then a little into the next.
+            told.recv().await;
+            tokio::time::sleep(Duration::from_millis(pauses % 9)).await;
+            stop.send_replace(Stop::Pause);
+            std::future::pending::<()>().await
+        };
+        let ending = tokio::select! {
+            ending = run => ending.unwrap(),
+            () = ask => unreachable!("it waits for ever"),
+        };
+        let Ending::Paused { step } = ending else { break };
+        pauses += 1;
+        assert!(pauses < 100, "it does not come forward");
+        let pending = f.context.jobs_dir.join(format!("job/checkpoint-{step}/pending.json"));
+        in_a_step += usize::from(std::fs::read_to_string(pending).unwrap() != "[]");
+    }
+    assert!(in_a_step > 0, "{pauses} pauses, none of them in a step");
     assert_eq!(std::fs::read(f.adapter().join(TENSORS)).unwrap(), expected);
 }
 

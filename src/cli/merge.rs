@@ -203,7 +203,7 @@ impl<'a> Merged<'a> {
         let planned = |name: &str| {
             let view = self.checkpoint.raw(name)?;
             let dtype = match (self.dtype, self.checkpoint.stored(name)) {
-                (Some(dtype), Ok(_)) => dtype.in_candle().try_into()?,
+                (Some(dtype), Ok(_)) => dtype.in_candle().into(),
                 // Masks and counters keep their type, as weights do when no type is asked for.
                 _ => view.dtype(),
             };

@@ -190,7 +190,7 @@ impl Engine {
                 });
             }
             Command::DiscardGradient(id, reply) => {
-                let _ = reply.send(self.trainers.between_passes(id, |trainer| Ok(trainer.discard())));
+                let _ = reply.send(self.trainers.between_passes(id, |trainer| trainer.discard()));
             }
             Command::Snapshot(id, reply) => {
                 let model = &self.model;

@@ -176,8 +176,9 @@ impl Idle<'_> {
         self.0.step(by).map_err(device)
     }
 
-    pub(super) fn discard(&mut self) {
+    pub(super) fn discard(&mut self) -> std::result::Result<(), EngineError> {
         self.0.clear_gradients();
+        Ok(())
     }
 
     pub(super) fn snapshot(&self, model: &Decoder) -> std::result::Result<TrainerSnapshot, EngineError> {

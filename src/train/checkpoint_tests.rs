@@ -125,7 +125,8 @@ fn the_newest_two_and_the_best_are_kept() {
 #[test]
 fn a_torn_checkpoint_is_never_taken() {
     for file in ["adapter_config.json", "adapter_model.safetensors", TRAINER, DATASET, PENDING, STATE] {
-        let changes: [(&str, fn(&Path)); 5] = [
+        type Change = fn(&Path);
+        let changes: [(&str, Change); 5] = [
             ("missing", |path| fs::remove_file(path).unwrap()),
             ("empty", |path| fs::write(path, "").unwrap()),
             ("cut", |path| {
