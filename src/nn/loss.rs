@@ -6,7 +6,7 @@ use candle_core::{D, DType, Result, Tensor};
 
 use super::linear::Linear;
 use super::ops::math::{exp, lane_sum};
-use super::ops::{Shared, f32_view, has_kernels, multiversion, parallel};
+use super::ops::{Shared, f32_view, has_kernels, multiversion, parallel_rows};
 
 /// A loss a token. Each gives its value and its derivative by ln p, which is all that the kernel needs: another
 /// loss is another variant with what it compares with.
@@ -154,7 +154,7 @@ impl LossChunk {
     fn take(&mut self, mut logits: Vec<f32>, words: usize) {
         let inverse = (1.0 / self.positions.logits_divisor) as f32;
         let (all, to_most) = (Shared::new(&mut logits), Shared::new(&mut self.most));
-        parallel(self.logprobs.len(), 4 * self.logprobs.len() * words, |rows| {
+        parallel_rows(self.logprobs.len(), 4 * self.logprobs.len() * words, |rows| {
             for row in rows {
                 // SAFETY: each thread has its own rows.
                 let (logits, most) =
@@ -174,7 +174,7 @@ impl LossChunk {
         for (number, logits) in self.bands.iter_mut().enumerate() {
             let words = logits.len() / count.max(1);
             let all = Shared::new(logits);
-            parallel(count, 16 * count * words, |rows| {
+            parallel_rows(count, 16 * count * words, |rows| {
                 for row in rows {
                     // SAFETY: each thread has its own rows.
                     let (logits, logprob, sum) = unsafe {
@@ -203,7 +203,7 @@ impl LossChunk {
         let inverse = (1.0 / self.positions.logits_divisor) as f32;
         let mut by_logits = std::mem::take(&mut self.bands[band]);
         let all = Shared::new(&mut by_logits);
-        parallel(self.slopes.len(), 4 * self.slopes.len() * words.len(), |rows| {
+        parallel_rows(self.slopes.len(), 4 * self.slopes.len() * words.len(), |rows| {
             for row in rows {
                 // SAFETY: each thread has its own rows.
                 let by_logits = unsafe { all.part(row * words.len()..(row + 1) * words.len()) };

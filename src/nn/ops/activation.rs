@@ -120,7 +120,7 @@ fn elementwise(a: &Tensor, b: &Tensor, f: impl Fn(&[f32], &[f32], &mut [f32]) + 
     }
     let mut y = vec![0f32; left.len()];
     let out = Shared::new(&mut y);
-    parallel(left.len().div_ceil(PART), 8 * left.len(), |parts| {
+    parallel(left.len().div_ceil(PART), left.len(), |parts| {
         let range = parts.start * PART..(parts.end * PART).min(left.len());
         // SAFETY: each thread has its own parts.
         f(&left[range.clone()], &right[range.clone()], unsafe { out.part(range) });

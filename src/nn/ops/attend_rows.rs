@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::gemm::{Strided, small};
 use super::math::{exp, lane_sum};
-use super::{Shared, multiversion, parallel};
+use super::{Shared, multiversion, parallel_rows};
 
 /// Queries in a block.
 const BLOCK: usize = 48;
@@ -84,7 +84,7 @@ impl AttendRows<'_> {
         let rows = q.len() / (heads * d);
         let (mut mixed, mut log_sums) = (vec![0f32; q.len()], vec![0f32; rows * heads]);
         let (to_mixed, to_sums) = (Shared::new(&mut mixed), Shared::new(&mut log_sums));
-        parallel(self.sequences.len() * heads, 2 * self.work(), |tasks| {
+        parallel_rows(self.sequences.len() * heads, 2 * self.work(), |tasks| {
             SCRATCH.with_borrow_mut(|scratch| {
                 for task in tasks {
                     let (rows, head) = (&self.sequences[task / heads], task % heads);
@@ -140,7 +140,7 @@ impl AttendRows<'_> {
         };
         let (to_q, to_k, to_v) = (Shared::new(&mut all.q), Shared::new(&mut all.k), Shared::new(&mut all.v));
         // A task is a key/value head of a sequence, so that one thread adds up what its group of heads gives.
-        parallel(self.sequences.len() * kv_heads, 5 * self.work(), |tasks| {
+        parallel_rows(self.sequences.len() * kv_heads, 5 * self.work(), |tasks| {
             SCRATCH.with_borrow_mut(|scratch| {
                 for task in tasks {
                     let (rows, kv_head) = (&self.sequences[task / kv_heads], task % kv_heads);

@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::unpack::Rows;
-use super::{Isa, Shared, isa, parallel};
+use super::{Isa, Shared, isa, parallel_rows};
 
 /// Rows of the register tile.
 const TILE_M: usize = 12;
@@ -145,7 +145,7 @@ pub(crate) fn x_wt(
     let mut y = vec![0f32; m * n];
     let out = Shared::new(&mut y);
     with_packed_left(x, k, k, term.map(|t| t.left), rank, m, |left| {
-        parallel(n.div_ceil(TILE_N), m * n * depth, |panels| {
+        parallel_rows(n.div_ceil(TILE_N), m * n * depth, |panels| {
             PANEL.with_borrow_mut(|(panel, rows)| {
                 let panel = at_least(panel, depth * TILE_N);
                 for j in panels.map(|p| p * TILE_N) {
@@ -194,7 +194,7 @@ pub(crate) fn x_w(x: &[f32], w: Rows<'_>, k: usize, term: Option<LowRankTerm<'_>
                 let packed = at_least(packed, BLOCK * panels * TILE_N);
                 pack_block(right, k, terms, packed);
                 let packed = &*packed;
-                parallel(panels, m * k * terms, |some| {
+                parallel_rows(panels, m * k * terms, |some| {
                     for panel in some {
                         let columns = panel * TILE_N..((panel + 1) * TILE_N).min(k);
                         // SAFETY: a packed panel of `terms` rows; columns `columns` of this thread alone.
@@ -243,7 +243,7 @@ enum BlockRows<'a> {
 #[expect(unsafe_code, reason = "threads write disjoint rows")]
 fn pack_block(from: BlockRows<'_>, k: usize, terms: usize, packed: &mut [f32]) {
     let to = Shared::new(packed);
-    parallel(terms, terms * k * 8, |some| {
+    parallel_rows(terms, terms * k * 8, |some| {
         PANEL.with_borrow_mut(|(_, row)| {
             for p in some {
                 let source: &[f32] = match from {
@@ -274,7 +274,7 @@ pub(crate) fn at_b(a: &[f32], b: &[f32], m: usize, n: usize) -> Vec<f32> {
     assert_eq!(b.len(), t * n, "both operands have {t} rows");
     let mut y = vec![0f32; m * n];
     let out = Shared::new(&mut y);
-    parallel(n.div_ceil(TILE_N), m * n * t, |panels| {
+    parallel_rows(n.div_ceil(TILE_N), m * n * t, |panels| {
         for j in panels.map(|p| p * TILE_N) {
             let width = TILE_N.min(n - j);
             for i in (0..m).step_by(TILE_M) {
@@ -320,7 +320,7 @@ fn with_packed_left(
     LEFT.with_borrow_mut(|left| {
         let left = at_least(left, m.div_ceil(TILE_M) * TILE_M * depth);
         let out = Shared::new(left);
-        parallel(m.div_ceil(TILE_M), m * depth * 4, |panels| {
+        parallel_rows(m.div_ceil(TILE_M), m * depth * 4, |panels| {
             for panel in panels {
                 // SAFETY: each thread has its own panels.
                 let to = unsafe { out.part(panel * TILE_M * depth..(panel + 1) * TILE_M * depth) };

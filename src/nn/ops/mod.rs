@@ -92,6 +92,15 @@ pub(crate) use multiversion;
 /// Multiply-adds below which waking other threads costs more than it saves.
 const PARALLEL_FROM: usize = 40_000;
 
+/// The same for training, whose passes are many small sections: each costs a wait for the slowest thread, which is
+/// long where other programs want the cores too.
+const PARALLEL_TRAINING_FROM: usize = 1_000_000;
+
+/// [`parallel`] for the many rows of training.
+pub(crate) fn parallel_rows(items: usize, work: usize, f: impl Fn(Range<usize>) + Sync) {
+    if work < PARALLEL_TRAINING_FROM { f(0..items) } else { parallel(items, work, f) }
+}
+
 /// Runs `f` over `0..items` on all threads, or on this one when `work` (multiply-adds, about) is small. The
 /// pool is candle's own, so that the two never fight for the cores; no candle operation may be called inside.
 pub(crate) fn parallel(items: usize, work: usize, f: impl Fn(Range<usize>) + Sync) {

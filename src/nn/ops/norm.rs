@@ -82,7 +82,7 @@ fn by_two_rows(
     }
     let mut y = vec![0f32; x_all.len()];
     let out = Shared::new(&mut y);
-    parallel(x_all.len() / d, 8 * x_all.len(), |rows| {
+    parallel(x_all.len() / d, x_all.len(), |rows| {
         let range = rows.start * d..rows.end * d;
         // SAFETY: each thread has its own rows.
         f(&x_all[range.clone()], &other_all[range.clone()], unsafe { out.part(range) });
@@ -97,7 +97,7 @@ fn by_rows(x: &Tensor, d: usize, f: impl Fn(&[f32], &mut [f32]) + Sync) -> Resul
     let from = &*view;
     let mut y = vec![0f32; from.len()];
     let out = Shared::new(&mut y);
-    parallel(from.len() / d, 4 * from.len(), |rows| {
+    parallel(from.len() / d, from.len(), |rows| {
         let range = rows.start * d..rows.end * d;
         // SAFETY: each thread has its own rows.
         f(&from[range.clone()], unsafe { out.part(range) });

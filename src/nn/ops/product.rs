@@ -10,7 +10,7 @@ use super::activation::multiply;
 use super::dot::{TILE_N, dots};
 use super::dot_packed::packed_dots;
 use super::unpack::Rows;
-use super::{Shared, multiversion, parallel};
+use super::{Shared, multiversion, parallel, parallel_rows};
 
 /// What one adapter adds to some rows of the batch.
 pub(crate) struct LowRank<'a> {
@@ -134,7 +134,7 @@ pub(crate) fn thin(x: &[f32], a: &[f32], k: usize) -> Vec<f32> {
     let (rows, rank) = (x.len() / k, a.len() / k);
     let mut y = vec![0f32; rows * rank];
     let out = Shared::new(&mut y);
-    parallel(rows, rows * rank * k, |part| {
+    parallel_rows(rows, rows * rank * k, |part| {
         let x = &x[part.start * k..part.end * k];
         // SAFETY: `part` rows of x, `rank` rows of a, and this thread's rows of the output.
         unsafe {

@@ -35,7 +35,7 @@ fn by_rows(x: &[f32], cos: &[f32], sin: &[f32], positions: &[u32], direction: f3
     let mut y = vec![0f32; x.len()];
     let out = Shared::new(&mut y);
     let width = x.len() / positions.len().max(1);
-    parallel(positions.len(), 4 * x.len(), |rows| {
+    parallel(positions.len(), x.len(), |rows| {
         for row in rows {
             let range = row * width..(row + 1) * width;
             let angle = positions[row] as usize * d / 2;
