@@ -14,5 +14,7 @@ mod openai;
 mod server;
 #[path = "http/training.rs"]
 mod training;
+#[path = "http/training_run.rs"]
+mod training_run;
 #[path = "http/uploads.rs"]
 mod uploads;
