@@ -102,7 +102,9 @@ fn rotary() -> Result<()> {
 #[expect(clippy::single_range_in_vec_init, reason = "one sequence is a list of one range")]
 fn attention() -> Result<()> {
     let grouped = (6, 2, 8);
-    let cases: [((usize, usize, usize), bool, Option<usize>, Vec<Range<usize>>); 4] = [
+    /// Heads, key/value heads and head size; ALiBi; window; sequences.
+    type Case = ((usize, usize, usize), bool, Option<usize>, Vec<Range<usize>>);
+    let cases: [Case; 4] = [
         (grouped, false, None, vec![0..5, 5..6, 6..23]),
         (grouped, true, None, vec![0..9, 9..23]),
         ((4, 4, 16), false, Some(6), vec![0..23]),

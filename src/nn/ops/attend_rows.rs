@@ -109,8 +109,8 @@ impl AttendRows<'_> {
                             let at = first + i;
                             let visible = self.visible(at, &seen);
                             let sum = softmax(s, visible, self.scale, self.slope(head));
-                            // SAFETY: this row and head are in this task alone.
                             let to = (rows.start + at) * heads + head;
+                            // SAFETY: this row and head are in this task alone.
                             let slot = unsafe { to_sums.part(to..to + 1) };
                             slot[0] = sum;
                         }
