@@ -35,7 +35,7 @@ impl Dropout {
     fn by_rows(&self, rows: usize, d: usize, f: impl Fn(usize, &mut [f32], u32) + Sync) -> Vec<f32> {
         let mut y = vec![0f32; rows * d];
         let out = Shared::new(&mut y);
-        parallel_rows(rows, 4 * rows * d, |some| {
+        parallel_rows(rows, 8 * rows * d, |some| {
             for row in some {
                 // SAFETY: each thread has its own rows.
                 let y = unsafe { out.part(row * d..(row + 1) * d) };

@@ -16,6 +16,8 @@ const TILE_M: usize = 12;
 const TILE_N: usize = 32;
 /// Terms that are added up before the sum goes to memory: a panel of weights then fits the first cache.
 const BLOCK: usize = 192;
+/// Multiply-adds that take about as long as packing one element.
+const PACKING: usize = 24;
 /// Elements up to which a left operand is packed at once.
 const WHOLE_LEFT: usize = 1 << 20;
 
@@ -243,7 +245,7 @@ enum BlockRows<'a> {
 #[expect(unsafe_code, reason = "threads write disjoint rows")]
 fn pack_block(from: BlockRows<'_>, k: usize, terms: usize, packed: &mut [f32]) {
     let to = Shared::new(packed);
-    parallel_rows(terms, terms * k * 8, |some| {
+    parallel_rows(terms, terms * k * PACKING, |some| {
         PANEL.with_borrow_mut(|(_, row)| {
             for p in some {
                 let source: &[f32] = match from {
@@ -320,7 +322,7 @@ fn with_packed_left(
     LEFT.with_borrow_mut(|left| {
         let left = at_least(left, m.div_ceil(TILE_M) * TILE_M * depth);
         let out = Shared::new(left);
-        parallel_rows(m.div_ceil(TILE_M), m * depth * 4, |panels| {
+        parallel_rows(m.div_ceil(TILE_M), m * depth * PACKING, |panels| {
             for panel in panels {
                 // SAFETY: each thread has its own panels.
                 let to = unsafe { out.part(panel * TILE_M * depth..(panel + 1) * TILE_M * depth) };
