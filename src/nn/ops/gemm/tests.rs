@@ -3,6 +3,9 @@
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 
+use super::tile::portable;
+#[cfg(target_arch = "x86_64")]
+use super::tile::x86;
 use super::*;
 
 fn noise(n: usize, seed: u32) -> Vec<f32> {
