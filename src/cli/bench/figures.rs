@@ -119,7 +119,13 @@ fn rounded(value: f64) -> f64 {
     (value * 1000.0).round() / 1000.0
 }
 
-/// The most memory that this process ever held, as Linux counts it (`VmHWM`); `None` elsewhere.
+/// Forgets the peak so far, such as that of loading a model: [`peak_resident_bytes`] then tells of what follows.
+/// Where the system cannot, the peak stays that of the whole process.
+pub(super) fn forget_peak() {
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+}
+
+/// The most memory that this process held since its start or [`forget_peak`], as Linux counts it (`VmHWM`); `None` elsewhere.
 pub(super) fn peak_resident_bytes() -> Option<u64> {
     of_status(&std::fs::read_to_string("/proc/self/status").ok()?, "VmHWM:")
 }

@@ -6,7 +6,9 @@ use std::time::Instant;
 use anyhow::ensure;
 use serde_json::{Map, Value, json};
 
-use super::figures::{PerRun, Percentiles, Round, Served, of_status, peak_resident_bytes, ratio};
+use super::figures::{
+    PerRun, Percentiles, Round, Served, forget_peak, of_status, peak_resident_bytes, ratio,
+};
 use super::load::{self, AdapterChoice, Prompts, Workload};
 use crate::engine::EngineHandle;
 use crate::engine::Trainer;
@@ -116,6 +118,8 @@ pub(super) async fn train(args: &TrainArgs, engine: &EngineHandle) -> anyhow::Re
         .map(|&s| &engine.info().sites[s])
         .map(|s| args.r * (s.in_features + s.out_features))
         .sum();
+    let peak_of_loading = peak_resident_bytes();
+    forget_peak();
     let resident_before = resident_bytes();
     let trainer = engine.create_trainer(spec).await?;
     let workload = args.workload();
@@ -132,6 +136,10 @@ pub(super) async fn train(args: &TrainArgs, engine: &EngineHandle) -> anyhow::Re
             steps.push(step);
         }
     }
+    // What a checkpoint takes of the engine's time: the copy; writing it is another thread's.
+    let began = Instant::now();
+    drop(trainer.snapshot().await?);
+    let snapshot_s = began.elapsed().as_secs_f64();
     let of_step = (args.batch * args.seq) as f64;
     let rate = |steps: &[Step]| PerRun::new(steps.iter().map(|s| of_step / s.seconds));
     let phase = |of: fn(&Phases) -> f64| PerRun::new(steps.iter().map(|s| of(&s.phases)));
@@ -158,7 +166,9 @@ pub(super) async fn train(args: &TrainArgs, engine: &EngineHandle) -> anyhow::Re
                 "optimizer": phase(|p| p.optimizer),
             }),
         ),
+        ("snapshot_s", json!(snapshot_s)),
         ("loss", json!(steps.iter().map(|s| s.loss).collect::<Vec<_>>())),
+        ("peak_resident_bytes_of_loading", json!(peak_of_loading)),
         ("resident_bytes_before_training", json!(resident_before)),
         ("peak_resident_bytes", json!(peak_resident_bytes())),
     ] {

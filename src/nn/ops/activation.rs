@@ -1,5 +1,7 @@
 //! Activations of the feed-forward part, alone and gated, and the scaled residual sum.
 
+use std::mem::MaybeUninit;
+
 use candle_core::{Result, Tensor};
 
 use super::math::{exp, gelu_tanh, silu};
@@ -21,7 +23,11 @@ impl Activation {
     /// f(x), elementwise.
     pub(crate) fn apply(self, x: &Tensor) -> Result<Tensor> {
         if has_kernels(x.device()) {
-            return elementwise(x, x, |x, _, y| self.fill(x, y));
+            return elementwise([x], |[x], [y]| match self {
+                Self::Silu => fill_silu(x, y),
+                Self::GeluTanh => fill_gelu(x, y),
+            })
+            .map(|[y]| y);
         }
         match self {
             Self::Silu => x.silu(),
@@ -32,10 +38,11 @@ impl Activation {
     /// f(gate) * up, elementwise (Shazeer 2020).
     pub(crate) fn gated(self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         if has_kernels(gate.device()) {
-            return elementwise(gate, up, |gate, up, y| {
-                self.fill(gate, y);
-                multiply(y, up);
-            });
+            return elementwise([gate, up], |[gate, up], [y]| match self {
+                Self::Silu => gated_silu(gate, up, y),
+                Self::GeluTanh => gated_gelu(gate, up, y),
+            })
+            .map(|[y]| y);
         }
         self.apply(gate)? * up
     }
@@ -43,10 +50,11 @@ impl Activation {
     /// Gradient by x of [`Activation::apply`].
     pub(crate) fn backward(self, x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
         if has_kernels(x.device()) {
-            return elementwise(x, gradient, |x, gradient, y| {
-                self.fill_derivative(x, y);
-                multiply(y, gradient);
-            });
+            return elementwise([x, gradient], |[x, gradient], [y]| match self {
+                Self::Silu => silu_backward(x, gradient, y),
+                Self::GeluTanh => gelu_backward(x, gradient, y),
+            })
+            .map(|[y]| y);
         }
         self.composed_derivative(x)? * gradient
     }
@@ -58,14 +66,17 @@ impl Activation {
         up: &Tensor,
         gradient: &Tensor,
     ) -> Result<(Tensor, Tensor)> {
-        let d_up = self.gated(gate, gradient)?;
         if has_kernels(gate.device()) {
-            let d_gate = elementwise(gate, up, |gate, up, y| {
-                self.fill_derivative(gate, y);
-                multiply(y, up);
+            let kernel = match self {
+                Self::Silu => gated_silu_backward,
+                Self::GeluTanh => gated_gelu_backward,
+            };
+            let both = elementwise([gate, up, gradient], |[gate, up, gradient], [by_gate, by_up]| {
+                kernel(gate, up, gradient, by_gate, by_up);
             })?;
-            return Ok((elementwise(&d_gate, gradient, product)?, d_up));
+            return Ok(both.into());
         }
+        let d_up = self.gated(gate, gradient)?;
         Ok(((self.composed_derivative(gate)? * (up * gradient)?)?, d_up))
     }
 
@@ -86,91 +97,119 @@ impl Activation {
             }
         }
     }
-
-    fn fill_derivative(self, x: &[f32], y: &mut [f32]) {
-        match self {
-            Self::Silu => fill_silu_derivative(x, y),
-            Self::GeluTanh => fill_gelu_derivative(x, y),
-        }
-    }
-
-    fn fill(self, x: &[f32], y: &mut [f32]) {
-        match self {
-            Self::Silu => fill_silu(x, y),
-            Self::GeluTanh => fill_gelu(x, y),
-        }
-    }
 }
 
 /// x + scale * update: the residual connection.
 pub(crate) fn add_scaled(x: &Tensor, update: &Tensor, scale: f64) -> Result<Tensor> {
     if has_kernels(x.device()) {
-        return elementwise(x, update, |x, update, y| sum(x, update, scale as f32, y));
+        return elementwise([x, update], |[x, update], [y]| sum(x, update, scale as f32, y)).map(|[y]| y);
     }
     if scale == 1.0 { x + update } else { x + (update * scale)? }
 }
 
-#[expect(unsafe_code, reason = "threads write disjoint parts")]
-fn elementwise(a: &Tensor, b: &Tensor, f: impl Fn(&[f32], &[f32], &mut [f32]) + Sync) -> Result<Tensor> {
+/// Results of an elementwise operation of `IN` operands of one shape. `f` writes every element of the parts that
+/// it is given.
+#[expect(unsafe_code, reason = "threads write disjoint parts, once each")]
+fn elementwise<const IN: usize, const OUT: usize>(
+    operands: [&Tensor; IN],
+    f: impl Fn([&[f32]; IN], [&mut [MaybeUninit<f32>]; OUT]) + Sync,
+) -> Result<[Tensor; OUT]> {
     const PART: usize = 1024;
-    let views = (f32_view(a)?, f32_view(b)?);
-    let (left, right) = (&*views.0, &*views.1);
-    if left.len() != right.len() {
-        candle_core::bail!("elementwise operands of {} and {} elements", left.len(), right.len());
+    let (shape, device) = (operands[0].shape(), operands[0].device());
+    let elements = shape.elem_count();
+    let mut views = Vec::with_capacity(IN);
+    for operand in operands {
+        if operand.elem_count() != elements {
+            candle_core::bail!("elementwise operands of {elements} and {} elements", operand.elem_count());
+        }
+        views.push(f32_view(operand)?);
     }
-    let mut y = vec![0f32; left.len()];
-    let out = Shared::new(&mut y);
-    parallel(left.len().div_ceil(PART), left.len(), |parts| {
-        let range = parts.start * PART..(parts.end * PART).min(left.len());
+    let mut results: [Vec<f32>; OUT] = std::array::from_fn(|_| Vec::with_capacity(elements));
+    let out = results.each_mut().map(|y| Shared::new(&mut y.spare_capacity_mut()[..elements]));
+    parallel(elements.div_ceil(PART), elements, |parts| {
+        let range = parts.start * PART..(parts.end * PART).min(elements);
         // SAFETY: each thread has its own parts.
-        f(&left[range.clone()], &right[range.clone()], unsafe { out.part(range) });
+        let parts = out.each_ref().map(|y| unsafe { y.part(range.clone()) });
+        f(std::array::from_fn(|i| &views[i][range.clone()]), parts);
     });
-    Tensor::from_vec(y, a.shape(), a.device())
+    let mut tensors = Vec::with_capacity(OUT);
+    for mut y in results {
+        // SAFETY: every part is written by now.
+        unsafe { y.set_len(elements) };
+        tensors.push(Tensor::from_vec(y, shape, device)?);
+    }
+    tensors.try_into().map_err(|_| candle_core::Error::Msg("as many results as vectors".into()))
 }
 
-multiversion! {
-    fn fill_silu(x: &[f32], y: &mut [f32]) {
-        for (y, &x) in y.iter_mut().zip(x) {
-            *y = silu(x);
-        }
-    }
+/// d silu(x) / dx, from x and its logistic function.
+#[inline(always)]
+fn silu_slope(x: f32, s: f32) -> f32 {
+    s * x.mul_add(1.0 - s, 1.0)
 }
 
-multiversion! {
-    fn fill_gelu(x: &[f32], y: &mut [f32]) {
-        for (y, &x) in y.iter_mut().zip(x) {
-            *y = gelu_tanh(x);
-        }
-    }
+/// gelu(x) / x, the logistic function of 2u with u = c (x + 0.044715 x³), and d gelu(x) / dx.
+#[inline(always)]
+fn gelu_slope(x: f32) -> (f32, f32) {
+    let square = x * x;
+    let u = C as f32 * x * square.mul_add(0.044_715, 1.0);
+    let s = logistic(2.0 * u);
+    let slope = C as f32 * square.mul_add(6.0 * 0.044_715, 2.0);
+    (s, s * (x * slope).mul_add(1.0 - s, 1.0))
 }
 
-multiversion! {
-    fn fill_silu_derivative(x: &[f32], y: &mut [f32]) {
-        for (y, &x) in y.iter_mut().zip(x) {
-            let s = 1.0 / (1.0 + exp(-x));
-            *y = s * x.mul_add(1.0 - s, 1.0);
-        }
-    }
+#[inline(always)]
+fn logistic(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
 }
 
-multiversion! {
-    fn fill_gelu_derivative(x: &[f32], y: &mut [f32]) {
-        for (y, &x) in y.iter_mut().zip(x) {
-            let square = x * x;
-            let u = C as f32 * x * square.mul_add(0.044_715, 1.0);
-            let s = 1.0 / (1.0 + exp(-2.0 * u));
-            let slope = C as f32 * square.mul_add(6.0 * 0.044_715, 2.0);
-            *y = s * (x * slope).mul_add(1.0 - s, 1.0);
+/// Kernels that write each element once: y = an expression of the operands' elements.
+macro_rules! kernels {
+    ($(fn $name:ident($($operand:ident),*) = $value:expr;)*) => {$(
+        multiversion! {
+            fn $name($($operand: &[f32]),*, y: &mut [MaybeUninit<f32>]) {
+                for (i, y) in y.iter_mut().enumerate() {
+                    $(let $operand = $operand[i];)*
+                    y.write($value);
+                }
+            }
         }
-    }
+    )*};
 }
 
-multiversion! {
-    fn product(a: &[f32], b: &[f32], y: &mut [f32]) {
-        for ((y, &a), &b) in y.iter_mut().zip(a).zip(b) {
-            *y = a * b;
+kernels! {
+    fn fill_silu(x) = silu(x);
+    fn fill_gelu(x) = gelu_tanh(x);
+    fn gated_silu(gate, up) = silu(gate) * up;
+    fn gated_gelu(gate, up) = gelu_tanh(gate) * up;
+    fn silu_backward(x, gradient) = silu_slope(x, logistic(x)) * gradient;
+    fn gelu_backward(x, gradient) = gelu_slope(x).1 * gradient;
+}
+
+/// Kernels of the way back through a gated activation: f and f' at the gate, from one exponential.
+macro_rules! gated_backward_kernels {
+    ($(fn $name:ident($gate:ident) = $values:expr;)*) => {$(
+        multiversion! {
+            fn $name(
+                gate: &[f32],
+                up: &[f32],
+                gradient: &[f32],
+                by_gate: &mut [MaybeUninit<f32>],
+                by_up: &mut [MaybeUninit<f32>],
+            ) {
+                for (i, (by_gate, by_up)) in by_gate.iter_mut().zip(by_up).enumerate() {
+                    let ($gate, up, gradient) = (gate[i], up[i], gradient[i]);
+                    let (value, slope) = $values;
+                    by_gate.write(slope * up * gradient);
+                    by_up.write(value * gradient);
+                }
+            }
         }
-    }
+    )*};
+}
+
+gated_backward_kernels! {
+    fn gated_silu_backward(g) = { let s = logistic(g); (g * s, silu_slope(g, s)) };
+    fn gated_gelu_backward(g) = { let (s, slope) = gelu_slope(g); (g * s, slope) };
 }
 
 multiversion! {
@@ -183,9 +222,9 @@ multiversion! {
 }
 
 multiversion! {
-    fn sum(x: &[f32], update: &[f32], scale: f32, y: &mut [f32]) {
+    fn sum(x: &[f32], update: &[f32], scale: f32, y: &mut [MaybeUninit<f32>]) {
         for ((y, &x), &u) in y.iter_mut().zip(x).zip(update) {
-            *y = u.mul_add(scale, x);
+            y.write(u.mul_add(scale, x));
         }
     }
 }

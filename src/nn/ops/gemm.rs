@@ -4,11 +4,13 @@
 //! Every element is one chain of fused multiply-adds over blocks of [`BLOCK`] terms, whatever the shape of the
 //! rest: the same bits on every instruction set and with any number of rows or threads.
 
+mod pack;
 mod tile;
 
 use std::cell::RefCell;
 use std::ops::Range;
 
+use self::pack::{STRIP, transpose};
 use self::tile::{Left, TILE_M, TILE_N, tile};
 use super::unpack::Rows;
 use super::{Shared, parallel_rows};
@@ -16,7 +18,9 @@ use super::{Shared, parallel_rows};
 /// Terms that are added up before the sum goes to memory: a panel of weights then fits the first cache.
 const BLOCK: usize = 192;
 /// Multiply-adds that take about as long as packing one element.
-const PACKING: usize = 24;
+const PACKING: usize = 12;
+/// Rows of a product that are added up before its columns are left, where both operands are read as they lie.
+const STRIPE: usize = 16;
 /// Elements up to which a left operand is packed at once.
 const WHOLE_LEFT: usize = 1 << 20;
 
@@ -98,11 +102,22 @@ thread_local! {
 }
 
 fn at_least(buffer: &mut Vec<f32>, length: usize) -> &mut [f32] {
-    if buffer.len() < length {
+    if buffer.len() < length + 15 {
         // Not `resize`: what is in it is not worth copying.
-        *buffer = vec![0f32; length];
+        *buffer = vec![0f32; length + 15];
     }
-    &mut buffer[..length]
+    let from = buffer.as_ptr().align_offset(64);
+    &mut buffer[from..from + length]
+}
+
+/// A matrix of `elements` that `f` writes, every one.
+#[expect(unsafe_code, reason = "no zeros are written first: that took a thirtieth of a step")]
+fn written(elements: usize, f: impl FnOnce(&Shared<f32>)) -> Vec<f32> {
+    let mut y = Vec::with_capacity(elements);
+    f(&Shared::unwritten(&mut y));
+    // SAFETY: the capacity is there, and `f` has written it all.
+    unsafe { y.set_len(elements) };
+    y
 }
 
 /// The passes of a trainer, for the scratch memory that kernels keep from call to call.
@@ -143,92 +158,101 @@ pub(crate) fn x_wt(
     let rank = term.map_or(0, |t| t.rank);
     let depth = k + rank;
     check_term(term, m, n);
-    let mut y = vec![0f32; m * n];
-    let out = Shared::new(&mut y);
-    with_packed_left(x, k, k, term.map(|t| t.left), rank, m, |left| {
-        parallel_rows(n.div_ceil(TILE_N), m * n * depth, |panels| {
-            PANEL.with_borrow_mut(|(panel, rows)| {
-                let panel = at_least(panel, depth * TILE_N);
-                for j in panels.map(|p| p * TILE_N) {
-                    let columns = j..(j + TILE_N).min(n);
-                    pack_transposed(w, k, columns.clone(), rows, panel);
-                    if let Some(term) = term {
-                        pack_rows(term.right, n, columns.clone(), &mut panel[k * TILE_N..]);
-                    }
-                    for from in (0..depth).step_by(BLOCK) {
-                        let terms = BLOCK.min(depth - from);
-                        // SAFETY: packed panels of `depth` terms each; columns `columns` of this thread alone.
-                        unsafe {
-                            let b = panel.as_ptr().add(from * TILE_N);
-                            over_rows(left, depth, from, terms, m, b, &out, n, columns.clone(), from > 0);
+    assert!(depth > 0, "a product has terms");
+    written(m * n, |out| {
+        with_packed_left(x, (k, k), term.map(|t| t.left), rank, m, |left| {
+            parallel_rows(n.div_ceil(TILE_N), m * n * depth, |panels| {
+                PANEL.with_borrow_mut(|(panel, rows)| {
+                    let panel = at_least(panel, depth * TILE_N);
+                    for j in panels.map(|p| p * TILE_N) {
+                        let columns = j..(j + TILE_N).min(n);
+                        pack_transposed(w, k, columns.clone(), rows, panel);
+                        if let Some(term) = term {
+                            pack_rows(term.right, n, columns.clone(), &mut panel[k * TILE_N..]);
+                        }
+                        for from in (0..depth).step_by(BLOCK) {
+                            let terms = BLOCK.min(depth - from);
+                            // SAFETY: packed panels of `depth` terms each; columns `columns` of this thread alone.
+                            unsafe {
+                                let b = panel.as_ptr().add(from * TILE_N);
+                                over_rows(left, depth, from, terms, m, b, out, n, columns.clone(), from > 0);
+                            }
+                        }
+                        if let Some(bias) = bias {
+                            for i in 0..m {
+                                // SAFETY: as above, and written by now.
+                                let row = unsafe { out.part(i * n + columns.start..i * n + columns.end) };
+                                row.iter_mut().zip(&bias[columns.clone()]).for_each(|(y, b)| *y += b);
+                            }
                         }
                     }
-                    if let Some(bias) = bias {
-                        for i in 0..m {
-                            // SAFETY: as above.
-                            let row = unsafe { out.part(i * n + columns.start..i * n + columns.end) };
-                            row.iter_mut().zip(&bias[columns.clone()]).for_each(|(y, b)| *y += b);
-                        }
-                    }
-                }
+                });
             });
         });
-    });
-    y
+    })
 }
 
 /// y = x·W + low rank: `x` `[m, n]`, `w` `[n, k]`; gives `[m, k]`. w is packed a block of rows at a time, and so is
 /// a wide x, of which no second copy is made.
-#[expect(unsafe_code, reason = "threads write disjoint parts; calls the tile kernel")]
 pub(crate) fn x_w(x: &[f32], w: Rows<'_>, k: usize, term: Option<LowRankTerm<'_>>) -> Vec<f32> {
     let n = w.count(k);
     let m = x.len() / n.max(1);
     let rank = term.map_or(0, |t| t.rank);
     check_term(term, m, k);
-    let mut y = vec![0f32; m * k];
-    let out = Shared::new(&mut y);
-    let panels = k.div_ceil(TILE_N);
-    // `left` is packed with `depth` terms a row, of which those from `from` on meet the block.
-    let block =
-        |left: &[f32], (depth, from): (usize, usize), right: BlockRows<'_>, terms: usize, add: bool| {
-            RIGHT.with_borrow_mut(|packed| {
-                let packed = at_least(packed, BLOCK * panels * TILE_N);
-                pack_block(right, k, terms, packed);
-                let packed = &*packed;
-                parallel_rows(panels, m * k * terms, |some| {
-                    for panel in some {
-                        let columns = panel * TILE_N..((panel + 1) * TILE_N).min(k);
-                        // SAFETY: a packed panel of `terms` rows; columns `columns` of this thread alone.
-                        unsafe {
-                            let b = packed.as_ptr().add(panel * terms * TILE_N);
-                            over_rows(left, depth, from, terms, m, b, &out, k, columns, add);
-                        }
-                    }
-                });
-            });
-        };
+    assert!(n > 0, "a product has terms");
     let blocks = |n: usize| (0..n).step_by(BLOCK).map(move |from| (from, BLOCK.min(n - from)));
-    if m * n <= WHOLE_LEFT {
-        with_packed_left(x, n, n, None, 0, m, |left| {
+    written(m * k, |out| {
+        if m * n <= WHOLE_LEFT {
+            with_packed_left(x, (n, n), None, 0, m, |left| {
+                for (from, terms) in blocks(n) {
+                    over_block(left, (n, from), BlockRows::Weight(w, from), (m, k, terms), out, from > 0);
+                }
+            });
+        } else {
             for (from, terms) in blocks(n) {
-                block(left, (n, from), BlockRows::Weight(w, from), terms, from > 0);
+                with_packed_left(&x[from..], (n, terms), None, 0, m, |left| {
+                    over_block(left, (terms, 0), BlockRows::Weight(w, from), (m, k, terms), out, from > 0);
+                });
+            }
+        }
+        if let Some(term) = term {
+            for (from, terms) in blocks(rank) {
+                with_packed_left(&term.left[from..], (rank, terms), None, 0, m, |left| {
+                    let right = BlockRows::Dense(&term.right[from * k..]);
+                    over_block(left, (terms, 0), right, (m, k, terms), out, true);
+                });
+            }
+        }
+    })
+}
+
+/// Packs `terms` rows of the right operand and multiplies them with all `m` rows of the left one, which is packed
+/// with `depth` terms a row, of which those from `from` on meet the block.
+#[expect(unsafe_code, reason = "threads write disjoint columns; calls the tile kernel")]
+fn over_block(
+    left: &[f32],
+    (depth, from): (usize, usize),
+    right: BlockRows<'_>,
+    (m, n, terms): (usize, usize, usize),
+    out: &Shared<f32>,
+    add: bool,
+) {
+    let panels = n.div_ceil(TILE_N);
+    RIGHT.with_borrow_mut(|packed| {
+        let packed = at_least(packed, BLOCK * panels * TILE_N);
+        pack_block(right, n, terms, packed);
+        let packed = &*packed;
+        parallel_rows(panels, m * n * terms, |some| {
+            for panel in some {
+                let columns = panel * TILE_N..((panel + 1) * TILE_N).min(n);
+                // SAFETY: a packed panel of `terms` rows; columns `columns` of this thread alone.
+                unsafe {
+                    let b = packed.as_ptr().add(panel * terms * TILE_N);
+                    over_rows(left, depth, from, terms, m, b, out, n, columns, add);
+                }
             }
         });
-    } else {
-        for (from, terms) in blocks(n) {
-            with_packed_left(&x[from..], n, terms, None, 0, m, |left| {
-                block(left, (terms, 0), BlockRows::Weight(w, from), terms, from > 0);
-            });
-        }
-    }
-    if let Some(term) = term {
-        for (from, terms) in blocks(rank) {
-            with_packed_left(&term.left[from..], rank, terms, None, 0, m, |left| {
-                block(left, (terms, 0), BlockRows::Dense(&term.right[from * k..]), terms, true);
-            });
-        }
-    }
-    y
+    });
 }
 
 /// Where the rows of a block of the right operand come from.
@@ -244,46 +268,74 @@ enum BlockRows<'a> {
 #[expect(unsafe_code, reason = "threads write disjoint rows")]
 fn pack_block(from: BlockRows<'_>, k: usize, terms: usize, packed: &mut [f32]) {
     let to = Shared::new(packed);
-    parallel_rows(terms, terms * k * PACKING, |some| {
-        PANEL.with_borrow_mut(|(_, row)| {
-            for p in some {
+    parallel_rows(terms.div_ceil(STRIP), terms * k * PACKING, |some| {
+        PANEL.with_borrow_mut(|(_, unpacked)| {
+            for first in some.map(|strip| strip * STRIP) {
+                let rows = first..(first + STRIP).min(terms);
                 let source: &[f32] = match from {
-                    BlockRows::Dense(all) => &all[p * k..(p + 1) * k],
-                    BlockRows::Weight(w, first) => match w.as_f32() {
-                        Some(all) => &all[(first + p) * k..(first + p + 1) * k],
-                        None => {
-                            let row = at_least(row, k);
-                            w.unpack(first + p, k, row);
-                            row
-                        }
-                    },
+                    BlockRows::Dense(all) => &all[rows.start * k..rows.end * k],
+                    BlockRows::Weight(w, above) => {
+                        strip(w, k, above + rows.start..above + rows.end, unpacked)
+                    }
                 };
-                for (panel, part) in source.chunks(TILE_N).enumerate() {
-                    let at = (panel * terms + p) * TILE_N;
-                    // SAFETY: row p of each panel, which this thread has alone.
-                    unsafe { to.part(at..at + part.len()) }.copy_from_slice(part);
+                for j in (0..k).step_by(TILE_N) {
+                    let at = (j * terms) + rows.start * TILE_N;
+                    // SAFETY: rows `rows` of each panel, which this thread has alone.
+                    let to = unsafe { to.part(at..at + rows.len() * TILE_N) };
+                    pack_rows(source, k, j..(j + TILE_N).min(k), to);
                 }
             }
         });
     });
 }
 
-/// aᵀ·b over all rows: `a` `[t, m]` with few columns, `b` `[t, n]`; gives `[m, n]`.
-#[expect(unsafe_code, reason = "threads write disjoint columns; calls the tile kernel")]
+/// Rows of a weight of `k` columns, as they lie or unpacked.
+fn strip<'a>(w: Rows<'a>, k: usize, rows: Range<usize>, unpacked: &'a mut Vec<f32>) -> &'a [f32] {
+    match w.as_f32() {
+        Some(all) => &all[rows.start * k..rows.end * k],
+        None => {
+            let to = at_least(unpacked, rows.len() * k);
+            rows.zip(to.chunks_exact_mut(k)).for_each(|(row, to)| w.unpack(row, k, to));
+            to
+        }
+    }
+}
+
+/// aᵀ·b over all rows: `a` `[t, m]`, `b` `[t, n]`; gives `[m, n]`.
 pub(crate) fn at_b(a: &[f32], b: &[f32], m: usize, n: usize) -> Vec<f32> {
     let t = a.len() / m.max(1);
-    assert_eq!(b.len(), t * n, "both operands have {t} rows");
-    let mut y = vec![0f32; m * n];
-    let out = Shared::new(&mut y);
-    parallel_rows(n.div_ceil(TILE_N), m * n * t, |panels| {
-        for j in panels.map(|p| p * TILE_N) {
-            let width = TILE_N.min(n - j);
-            for i in (0..m).step_by(TILE_M) {
-                let rows = TILE_M.min(m - i);
-                for from in (0..t).step_by(BLOCK) {
-                    let terms = BLOCK.min(t - from);
-                    // SAFETY: `terms` rows of a and b from row `from`, inside by the assertion; this thread has
-                    // the columns of its panels alone.
+    assert!(t > 0 && b.len() == t * n, "both operands have {t} rows, at least one");
+    written(m * n, |out| {
+        if m <= 2 * TILE_M {
+            at_b_narrow(a, b, (t, m, n), out);
+        } else {
+            for from in (0..t).step_by(BLOCK) {
+                let terms = BLOCK.min(t - from);
+                with_packed_columns(&a[from * m..(from + terms) * m], m, |left| {
+                    let right = BlockRows::Dense(&b[from * n..]);
+                    over_block(left, (terms, 0), right, (m, n, terms), out, from > 0);
+                });
+            }
+        }
+    })
+}
+
+/// [`at_b`] with few columns of a, such as a low-rank term has: b goes by once, as it lies.
+#[expect(unsafe_code, reason = "threads write disjoint columns; calls the tile kernel")]
+fn at_b_narrow(a: &[f32], b: &[f32], (t, m, n): (usize, usize, usize), out: &Shared<f32>) {
+    // Few wide parts: a row of b goes by in long runs.
+    let panels = n.div_ceil(TILE_N);
+    let each = panels.div_ceil(4);
+    parallel_rows(panels.div_ceil(each), m * n * t, |parts| {
+        let panels = parts.start * each..(parts.end * each).min(panels);
+        for from in (0..t).step_by(STRIPE) {
+            let terms = STRIPE.min(t - from);
+            for j in panels.clone().map(|p| p * TILE_N) {
+                let width = TILE_N.min(n - j);
+                for i in (0..m).step_by(TILE_M) {
+                    let rows = TILE_M.min(m - i);
+                    // SAFETY: `terms` rows of a and b from row `from`, inside by the assertion of `at_b`; this
+                    // thread has the columns of its panels alone.
                     unsafe {
                         let a = Left { at: a.as_ptr().add(from * m + i), row: 1, step: m };
                         let c = out.pointer(i * n + j);
@@ -293,7 +345,6 @@ pub(crate) fn at_b(a: &[f32], b: &[f32], m: usize, n: usize) -> Vec<f32> {
             }
         }
     });
-    y
 }
 
 fn check_term(term: Option<LowRankTerm<'_>>, m: usize, n: usize) {
@@ -310,8 +361,7 @@ fn check_term(term: Option<LowRankTerm<'_>>, m: usize, n: usize) {
 #[expect(unsafe_code, reason = "threads write disjoint panels")]
 fn with_packed_left(
     x: &[f32],
-    row: usize,
-    k: usize,
+    (row, k): (usize, usize),
     more: Option<&[f32]>,
     rank: usize,
     m: usize,
@@ -326,12 +376,10 @@ fn with_packed_left(
                 // SAFETY: each thread has its own panels.
                 let to = unsafe { out.part(panel * TILE_M * depth..(panel + 1) * TILE_M * depth) };
                 let rows = panel * TILE_M..((panel + 1) * TILE_M).min(m);
-                if rows.len() < TILE_M {
-                    to.fill(0.0);
-                }
-                interleave(&x[rows.start * row..], (rows.len(), row, k), &mut to[..k * TILE_M]);
+                let (of_x, of_more) = to.split_at_mut(k * TILE_M);
+                transpose((rows.len(), k), (&x[rows.start * row..], row), (of_x, TILE_M));
                 if let Some(more) = more {
-                    interleave(&more[rows.start * rank..], (rows.len(), rank, rank), &mut to[k * TILE_M..]);
+                    transpose((rows.len(), rank), (&more[rows.start * rank..], rank), (of_more, TILE_M));
                 }
             }
         });
@@ -339,44 +387,45 @@ fn with_packed_left(
     });
 }
 
-fn interleave(x: &[f32], (rows, row, width): (usize, usize, usize), to: &mut [f32]) {
-    for from in (0..width).step_by(16) {
-        let count = 16.min(width - from);
-        for i in 0..rows {
-            for (p, &value) in x[i * row + from..i * row + from + count].iter().enumerate() {
-                to[(from + p) * TILE_M + i] = value;
+/// Packs the columns of `a` `[terms, m]` into panels of `TILE_M`: `[panel][row][column]`.
+#[expect(unsafe_code, reason = "threads write disjoint panels")]
+fn with_packed_columns(a: &[f32], m: usize, f: impl FnOnce(&[f32])) {
+    let terms = a.len() / m;
+    LEFT.with_borrow_mut(|left| {
+        let left = at_least(left, m.div_ceil(TILE_M) * TILE_M * terms);
+        let out = Shared::new(left);
+        parallel_rows(m.div_ceil(TILE_M), m * terms * PACKING, |panels| {
+            for panel in panels {
+                // SAFETY: each thread has its own panels.
+                let to = unsafe { out.part(panel * TILE_M * terms..(panel + 1) * TILE_M * terms) };
+                let columns = panel * TILE_M..((panel + 1) * TILE_M).min(m);
+                for (row, to) in a.chunks_exact(m).zip(to.chunks_exact_mut(TILE_M)) {
+                    to[..columns.len()].copy_from_slice(&row[columns.clone()]);
+                }
             }
-        }
-    }
+        });
+        f(left);
+    });
 }
 
 /// Packs rows `columns` of w, transposed, into one panel: `[column of w][row of w]`.
 fn pack_transposed(w: Rows<'_>, k: usize, columns: Range<usize>, rows: &mut Vec<f32>, panel: &mut [f32]) {
     let count = columns.len();
-    let source: &[f32] = match w.as_f32() {
-        Some(all) => &all[columns.start * k..columns.end * k],
-        None => {
-            let rows = at_least(rows, TILE_N * k);
-            for (row, to) in columns.zip(rows.chunks_exact_mut(k)) {
-                w.unpack(row, k, to);
-            }
-            &rows[..count * k]
-        }
-    };
-    for from in (0..k).step_by(16) {
-        let width = 16.min(k - from);
-        for (j, row) in source.chunks_exact(k).enumerate() {
-            for (p, &value) in row[from..from + width].iter().enumerate() {
-                panel[(from + p) * TILE_N + j] = value;
-            }
-        }
+    let source = strip(w, k, columns, rows);
+    for first in (0..count).step_by(STRIP) {
+        let size = (STRIP.min(count - first), k);
+        transpose(size, (&source[first * k..], k), (&mut panel[first..], TILE_N));
     }
 }
 
 /// Copies columns of a matrix with rows of `width` elements into one panel.
 fn pack_rows(matrix: &[f32], width: usize, columns: Range<usize>, panel: &mut [f32]) {
     for (row, to) in matrix.chunks_exact(width).zip(panel.chunks_exact_mut(TILE_N)) {
-        to[..columns.len()].copy_from_slice(&row[columns.clone()]);
+        match row[columns.start..].first_chunk::<TILE_N>() {
+            // A copy of known length takes no call.
+            Some(whole) if columns.len() == TILE_N => to.copy_from_slice(whole),
+            _ => to[..columns.len()].copy_from_slice(&row[columns.clone()]),
+        }
     }
 }
 

@@ -128,6 +128,11 @@ impl<T> Shared<T> {
         Self(slice.as_mut_ptr(), slice.len())
     }
 
+    /// The room of an empty vector, of which nothing is written yet: for `pointer`, and for `part` once it is.
+    pub(crate) fn unwritten(room: &mut Vec<T>) -> Self {
+        Self(room.as_mut_ptr(), room.capacity())
+    }
+
     /// Where element `at` lies, for kernels that write with a stride; what they write is for them to keep apart.
     #[expect(unsafe_code, reason = "see the type")]
     pub(crate) fn pointer(&self, at: usize) -> *mut T {

@@ -49,7 +49,15 @@ pub(crate) fn rms_norm_backward(x: &Tensor, weight: &Tensor, eps: f64, dy: &Tens
     dx.to_dtype(x.dtype())?.reshape(x.shape())
 }
 
-/// The same of [`layer_norm`].
+/// Gradient by the weight of [`rms_norm`], from the gradient by its result.
+pub(crate) fn rms_norm_weight_gradient(x: &Tensor, weight: &Tensor, eps: f64, dy: &Tensor) -> Result<Tensor> {
+    let wide = |t: &Tensor| t.to_dtype(DType::F32)?.reshape(((), weight.elem_count()));
+    let (rows, gradient) = (wide(x)?, wide(dy)?);
+    let scale = (rows.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
+    (gradient * rows.broadcast_mul(&scale)?)?.sum(0)
+}
+
+/// Gradient by x of [`layer_norm`], as [`rms_norm_backward`].
 pub(crate) fn layer_norm_backward(x: &Tensor, weight: &Tensor, eps: f64, dy: &Tensor) -> Result<Tensor> {
     if has_kernels(x.device()) {
         let weight = f32_view(weight)?;

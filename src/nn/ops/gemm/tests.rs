@@ -62,7 +62,9 @@ fn products_are_right_with_and_without_a_low_rank_term() {
 
         let h = noise(m * r, 8);
         let gradient = exact(r, k, m, |i, p| h[p * r + i], |p, j| x[p * k + j]);
-        close(&at_b(&h, &x, r, k), &gradient, "aᵀ·b");
+        close(&at_b(&h, &x, r, k), &gradient, "aᵀ·b of few columns");
+        let gradient = exact(n, k, m, |i, p| dy[p * n + i], |p, j| x[p * k + j]);
+        close(&at_b(&dy, &x, n, k), &gradient, "aᵀ·b");
     }
 }
 
@@ -101,6 +103,24 @@ fn strided_operands_are_read_as_they_lie() {
     (0..m * k).for_each(|e| turned[(e % k) * m + e / k] = a[e]);
     small((m, n, k), Strided::transposed(&turned, m), (&b, n), (&mut c, n), false);
     close(&c, &expected, "transposed");
+}
+
+#[test]
+fn strips_are_transposed_whatever_their_size_and_touch_nothing_else() {
+    for rows in 1..=STRIP {
+        for width in [1, 3, 7, 8, 9, 15, 16, 17, 40] {
+            for to_row in [rows, 12.max(rows), TILE_N] {
+                let x = noise(rows * (width + 3), 1);
+                let mut to = vec![7f32; width * to_row];
+                pack::transpose((rows, width), (&x, width + 3), (&mut to, to_row));
+                for (at, found) in to.iter().enumerate() {
+                    let (p, i) = (at / to_row, at % to_row);
+                    let expected = if i < rows { x[i * (width + 3) + p] } else { 7.0 };
+                    assert_eq!(*found, expected, "{rows} x {width} into rows of {to_row}, at ({p}, {i})");
+                }
+            }
+        }
+    }
 }
 
 type Kernel = unsafe fn((usize, usize, usize), Left, *const f32, usize, *mut f32, usize, bool);

@@ -139,6 +139,11 @@ pub(super) mod x86 {
         let (low, high) = (lanes as u16, (lanes >> 16) as u16);
         let (a_row, a_step) = a.strides::<PACKED>();
         let mut acc = [[_mm512_setzero_ps(); 2]; M];
+        for i in 0..M {
+            let row = c.wrapping_add(i * c_row);
+            _mm_prefetch::<_MM_HINT_T0>(row.cast());
+            _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(16).cast());
+        }
         // SAFETY: the promise of `tile`; lanes beyond n are masked, and masked lanes are not touched.
         unsafe {
             for p in 0..k {
