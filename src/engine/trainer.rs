@@ -13,14 +13,14 @@ use super::EngineError;
 use super::command::{Reply, TrainerId};
 use super::training::{
     LossScale, PassReport, Phases, StepParameters, StepReport, TrainBatch, TrainerSnapshot, TrainerSpec,
-    TrainingPlan,
+    TrainingPlan, adamw_step,
 };
 use super::training_plan::loss_positions;
 use crate::model::decoder::Decoder;
 use crate::model::decoder::pass::{Gradients, Pass, PassSettings, TrainSites};
 use crate::nn::lora::{LoraWeights, SiteGradient, SiteWeights, TrainSite};
 use crate::nn::mix64;
-use crate::nn::optim::{AdamWStep, Parameter, squared_norm};
+use crate::nn::optim::{Parameter, squared_norm};
 
 /// Good steps after which the loss scale doubles.
 const LOSS_SCALE_INTERVAL: u64 = 200;
@@ -314,6 +314,7 @@ impl Trainer {
             dropout: self.spec.lora.dropout,
             key: mix64(self.spec.lora.seed ^ mix64(batch.pass)),
             loss: batch.loss,
+            base_learns: false,
         };
         let sequences = batch.sequences.iter().map(|s| (s.tokens.as_slice(), s.weights.as_slice()));
         match Pass::begin(model, self.sites.clone(), sequences, settings) {
@@ -369,20 +370,7 @@ impl Trainer {
         let used_scale = self.loss_scale.factor;
         let skipped = !grad_norm.is_finite();
         if !skipped {
-            let clip = match by.max_grad_norm {
-                most if most > 0.0 => (most / (grad_norm + 1e-6)).min(1.0),
-                _ => 1.0,
-            };
-            let adamw = self.spec.adamw;
-            let step = AdamWStep {
-                learning_rate: by.learning_rate,
-                beta1: adamw.beta1,
-                beta2: adamw.beta2,
-                eps: adamw.eps,
-                weight_decay: adamw.weight_decay,
-                step: self.steps + 1,
-                gradient_factor: clip / divisor,
-            };
+            let step = adamw_step(self.spec.adamw, by, self.steps + 1, grad_norm, divisor);
             for (site, [a, b]) in &mut self.parameters {
                 if let Some(gradient) = &self.gradients[*site] {
                     a.step(&gradient.a, &step)?;

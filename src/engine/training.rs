@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 
 use crate::nn::loss::TokenLoss;
+use crate::nn::optim::AdamWStep;
 
 /// A LoRA adapter to train (Hu et al. 2021).
 #[derive(Debug, Clone, PartialEq)]
@@ -208,4 +209,28 @@ pub struct LossScale {
     pub factor: f64,
     /// Good steps since it last changed.
     pub good_steps: u64,
+}
+
+/// The step to take with a gradient of this norm, which is to be divided by `divisor` first; clipping (Pascanu et
+/// al. 2013) is in its factor.
+pub(crate) fn adamw_step(
+    adamw: AdamW,
+    by: StepParameters,
+    step: u64,
+    grad_norm: f64,
+    divisor: f64,
+) -> AdamWStep {
+    let clip = match by.max_grad_norm {
+        most if most > 0.0 => (most / (grad_norm + 1e-6)).min(1.0),
+        _ => 1.0,
+    };
+    AdamWStep {
+        learning_rate: by.learning_rate,
+        beta1: adamw.beta1,
+        beta2: adamw.beta2,
+        eps: adamw.eps,
+        weight_decay: adamw.weight_decay,
+        step,
+        gradient_factor: clip / divisor,
+    }
 }

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -97,6 +98,14 @@ impl Checkpoint {
     /// # Errors
     /// A name that is not there, another shape than `shape`, a value that is NaN or infinite.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        self.rows(name, shape, 0..shape.first().copied().unwrap_or(1))
+    }
+
+    /// Reads some rows of a tensor, by its first dimension, to the CPU as they are stored.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensor`], and rows beyond the last.
+    pub fn rows(&self, name: &str, shape: &[usize], rows: Range<usize>) -> Result<Tensor> {
         let (shard, name) = self.locate(name)?;
         let stored = self.stored(name)?;
         if stored.shape != shape {
@@ -107,10 +116,12 @@ impl Checkpoint {
             );
         }
         let info = shard.header.info(name).ok_or_else(|| self.missing(name))?;
-        let (from, to) = (shard.data_start + info.data_offsets.0, shard.data_start + info.data_offsets.1);
-        let bytes = shard
-            .map
-            .get(from..to)
+        let row = shape.iter().skip(1).product::<usize>() * stored.dtype.size_in_bytes();
+        let from = shard.data_start + info.data_offsets.0 + rows.start * row;
+        let to = from + rows.len() * row;
+        let bytes = Some(to)
+            .filter(|&to| to <= shard.data_start + info.data_offsets.1)
+            .and_then(|to| shard.map.get(from..to))
             .ok_or_else(|| anyhow!("{}: {name} lies outside", shard.path.display()))?;
         if !all_finite(bytes, stored.dtype) {
             bail!(
@@ -118,7 +129,11 @@ impl Checkpoint {
                 shard.path.display()
             );
         }
-        let tensor = Tensor::from_raw_buffer(bytes, stored.dtype, shape, &Device::Cpu)?;
+        let mut shape = shape.to_vec();
+        if let Some(first) = shape.first_mut() {
+            *first = rows.len();
+        }
+        let tensor = Tensor::from_raw_buffer(bytes, stored.dtype, &shape, &Device::Cpu)?;
         shard.give_back(from, to - from);
         Ok(tensor)
     }

@@ -1,6 +1,7 @@
 //! The decoder: every family's layers in one place, driven by a [`Spec`]. One call takes a ragged batch (some
 //! rows a prompt's chunk, some a single new token, each with its own adapter or none) through all layers.
 
+pub(crate) mod base;
 pub(crate) mod pass;
 
 use anyhow::{Context, Result};
@@ -425,10 +426,17 @@ impl Reader<'_> {
         let name = format!("{name}.weight");
         let turned = self.spec.transposed && role == Role::Layer;
         let shape = if turned { [columns, rows] } else { [rows, columns] };
-        let stored = self.checkpoint.tensor(&name, &shape)?;
         self.parameters += (rows * columns) as u64;
+        let format = self.holding.quantize.format(role, columns);
+        if let (Some(format), false) = (format, turned) {
+            let checkpoint = self.checkpoint;
+            return Weight::blocks_by_bands([rows, columns], format, self.device, |band| {
+                checkpoint.rows(&name, &shape, band)
+            });
+        }
+        let stored = self.checkpoint.tensor(&name, &shape)?;
         let matrix = if turned { stored.t()?.contiguous()? } else { stored };
-        Ok(match self.holding.quantize.format(role, columns) {
+        Ok(match format {
             Some(format) => Weight::blocks(&matrix, format, self.device)?,
             None => Weight::dense(matrix.to_dtype(self.holding.weights)?.to_device(self.device)?)?,
         })

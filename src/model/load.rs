@@ -153,6 +153,11 @@ pub fn load(
     Ok((decoder, folder.eos_token_ids))
 }
 
+/// What a folder's `config.json` describes, whether or not there are weights.
+pub(crate) fn read_spec(dir: &Path) -> Result<Spec> {
+    families::spec(&read_config(dir)?)
+}
+
 /// Reads `config.json`.
 fn read_config(dir: &Path) -> Result<ModelConfig> {
     if !dir.is_dir() {

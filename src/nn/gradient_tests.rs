@@ -200,6 +200,7 @@ fn the_loss_of_some_positions() -> Result<()> {
         loss: TokenLoss::CrossEntropy,
         logits_divisor: 1.5,
         gradient_scale: Some(1.0),
+        head_learns: false,
     };
     let through = |positions: &Positions, hidden: &Tensor| -> Result<Outcome> {
         let mut chunk = LossChunk::new(positions.clone(), hidden.clone(), &head);

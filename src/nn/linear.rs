@@ -172,6 +172,26 @@ impl Linear {
         Ok((Some(dx), Some(gradients)))
     }
 
+    /// The gradient by the base weight, `[out, in]` in f32: for training a whole model.
+    pub(crate) fn weight_gradient(&self, x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+        if !has_kernels(x.device()) {
+            return gradient.t()?.matmul(x)?.to_dtype(DType::F32);
+        }
+        let (inputs, outputs) = (self.weight.columns(), self.weight.rows());
+        let product = at_b(&f32_view(gradient)?, &f32_view(x)?, outputs, inputs);
+        Tensor::from_vec(product, (outputs, inputs), x.device())
+    }
+
+    /// Puts another base weight in its place, of the same shape.
+    pub(crate) fn set_weight(&mut self, weight: Weight) {
+        self.weight = weight;
+    }
+
+    /// Whether a bias is added.
+    pub(crate) fn has_bias(&self) -> bool {
+        self.bias.is_some()
+    }
+
     /// gradient·W, plus d_low·A.
     fn back_product(&self, gradient: &Tensor, term: Option<(&Tensor, &TrainSite)>) -> Result<Tensor> {
         if !has_kernels(gradient.device()) {

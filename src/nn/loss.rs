@@ -5,6 +5,7 @@
 use candle_core::{D, DType, Result, Tensor};
 
 use super::linear::Linear;
+use super::ops::gemm::at_b;
 use super::ops::math::{exp, lane_sum};
 use super::ops::{Shared, f32_view, has_kernels, multiversion, parallel_rows};
 
@@ -33,6 +34,8 @@ pub(crate) struct Outcome {
     pub(crate) loss_sum: f64,
     /// By the hidden states, `[positions, hidden]`, in their type.
     pub(crate) gradient: Option<Tensor>,
+    /// By the head's weight, `[vocabulary, hidden]` in f32, where it was asked for.
+    pub(crate) by_head: Option<Tensor>,
 }
 
 /// Positions to work on together.
@@ -48,6 +51,8 @@ pub(crate) struct Positions {
     pub(crate) logits_divisor: f64,
     /// What the gradient is multiplied with (loss scaling); `None` asks for no gradient.
     pub(crate) gradient_scale: Option<f64>,
+    /// Whether the head's weight wants a gradient too.
+    pub(crate) head_learns: bool,
 }
 
 /// Multiply-adds of one piece of the work; few in unit tests, so that small vocabularies take several.
@@ -70,6 +75,8 @@ pub(crate) struct LossChunk {
     /// Derivative of each position's share of the loss by its target's logit.
     slopes: Vec<f32>,
     gradient: Vec<f32>,
+    /// By the head's weight, the bands that are done; empty where it does not learn.
+    by_head: Vec<f32>,
     stage: Stage,
 }
 
@@ -97,6 +104,7 @@ impl LossChunk {
             loss_sum: 0.0,
             slopes: Vec::new(),
             gradient: Vec::new(),
+            by_head: Vec::new(),
             stage: Stage::Logits(0),
         }
     }
@@ -133,20 +141,30 @@ impl LossChunk {
                 let by_logits = self.by_logits(band, words.clone());
                 let part = head.weight().band_back_product(&by_logits, words.clone())?;
                 add(&mut self.gradient, &part);
+                if self.positions.head_learns {
+                    let (words, columns) = (words.len(), head.weight().columns());
+                    self.by_head.extend(at_b(&by_logits, &f32_view(&self.hidden)?, words, columns));
+                }
                 if words.end < vocabulary {
                     self.stage = Stage::Back(band + 1);
                     return Ok(None);
                 }
                 let gradient = std::mem::take(&mut self.gradient);
                 let gradient = Tensor::from_vec(gradient, self.hidden.shape(), self.hidden.device())?;
-                Ok(Some(self.outcome(Some(gradient))))
+                let mut outcome = self.outcome(Some(gradient));
+                if self.positions.head_learns {
+                    let by_head = std::mem::take(&mut self.by_head);
+                    let shape = (vocabulary, head.weight().columns());
+                    outcome.by_head = Some(Tensor::from_vec(by_head, shape, self.hidden.device())?);
+                }
+                Ok(Some(outcome))
             }
         }
     }
 
     fn outcome(&mut self, gradient: Option<Tensor>) -> Outcome {
         let logprobs = std::mem::take(&mut self.logprobs);
-        Outcome { logprobs, loss_sum: self.loss_sum, gradient }
+        Outcome { logprobs, loss_sum: self.loss_sum, gradient, by_head: None }
     }
 
     /// Keeps a band's logits, and the largest that each position has seen.
@@ -232,13 +250,14 @@ impl Positions {
         let logprobs = (centred.gather(&targets, D::Minus1)? - sums.log()?)?.squeeze(1)?.to_vec1::<f32>()?;
         let (loss_sum, slopes) = self.losses(&logprobs);
         if self.gradient_scale.is_none() {
-            return Ok(Outcome { logprobs, loss_sum, gradient: None });
+            return Ok(Outcome { logprobs, loss_sum, gradient: None, by_head: None });
         }
         let slopes = (Tensor::new(slopes, hidden.device())?.unsqueeze(1)? * inverse)?;
         let spread = exponentials.broadcast_div(&sums)?.broadcast_mul(&slopes.neg()?)?;
         let by_logits = spread.scatter_add(&targets, &slopes, D::Minus1)?.to_dtype(hidden.dtype())?;
         let (gradient, _) = head.train_backward(hidden, None, &by_logits, None, None, true)?;
-        Ok(Outcome { logprobs, loss_sum, gradient })
+        let by_head = self.head_learns.then(|| head.weight_gradient(hidden, &by_logits)).transpose()?;
+        Ok(Outcome { logprobs, loss_sum, gradient, by_head })
     }
 
     /// Σ weight · loss, and the derivative of each position's share by its log-probability, scaled.

@@ -40,4 +40,15 @@ impl Norm {
             Self::Layer { weight, eps, .. } => ops::norm::layer_norm_backward(x, weight, *eps, gradient),
         }
     }
+
+    /// Gradient by the weight of an RMSNorm, `[d]` in f32: for training a whole model.
+    ///
+    /// # Errors
+    /// A LayerNorm, which no model that is trained whole here has.
+    pub(crate) fn weight_gradient(&self, x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Rms { weight, eps } => ops::norm::rms_norm_weight_gradient(x, weight, *eps, gradient),
+            Self::Layer { .. } => candle_core::bail!("a LayerNorm's own weights are not trained"),
+        }
+    }
 }

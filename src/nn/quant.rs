@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
+use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{CpuStorage, DType, Device, Module, Result, Storage, Tensor};
 
 use super::ops::gemm::{LowRankTerm, x_w, x_wt};
@@ -61,6 +61,10 @@ impl Quantization {
     }
 }
 
+/// Elements that lie dense while a large matrix is quantized: 1 MB in f32. Larger pieces would stay with the
+/// allocator after they are freed.
+const BAND: usize = 1 << 18;
+
 /// A weight matrix `[rows, columns]`, multiplied from the right: y = x·Wᵀ.
 #[derive(Clone)]
 pub struct Weight {
@@ -91,6 +95,30 @@ impl Weight {
         let on_host = tensor.to_device(&Device::Cpu)?;
         let blocks = QTensor::quantize_onto(&on_host, format, device)?;
         Ok(Self { held: Held::Blocks(Arc::new(blocks)), rows, columns })
+    }
+
+    /// As [`Weight::blocks`], but of a matrix that is read a band of rows at a time, so that it never lies dense
+    /// in memory. `read` gives the rows of a range, on the CPU.
+    ///
+    /// # Errors
+    /// What `read` fails with.
+    pub fn blocks_by_bands(
+        [rows, columns]: [usize; 2],
+        format: GgmlDType,
+        device: &Device,
+        mut read: impl FnMut(Range<usize>) -> anyhow::Result<Tensor>,
+    ) -> anyhow::Result<Self> {
+        let band = (BAND / columns.max(1)).max(1);
+        if rows <= band {
+            return Ok(Self::blocks(&read(0..rows)?, format, device)?);
+        }
+        let mut bytes = Vec::with_capacity(rows * columns / format.block_size() * format.type_size());
+        for from in (0..rows).step_by(band) {
+            let dense = read(from..(from + band).min(rows))?;
+            bytes.extend_from_slice(&QTensor::quantize(&dense, format)?.data()?);
+        }
+        let storage = QStorage::from_data(Cow::Owned(bytes), device, format)?;
+        Ok(Self { held: Held::Blocks(Arc::new(QTensor::new(storage, (rows, columns))?)), rows, columns })
     }
 
     /// Rows: features out.

@@ -1,9 +1,12 @@
 //! One pass of training through the decoder: forward, loss, backward, a small piece at a time, so that whoever
 //! drives it can do other work between two pieces. What it computes does not depend on where it is interrupted.
 //!
-//! The base is frozen, so the way back goes through one layer after another with the gradient by its output, and
-//! only the adapter's A and B get gradients. A layer keeps either its input alone, and is computed again on the
-//! way back, or all that the way back needs.
+//! The way back goes through one layer after another with the gradient by its output. Where an adapter is trained
+//! the base is frozen and only A and B get gradients; where the base itself learns, its weights get theirs in the
+//! same walk. A layer keeps either its input alone, and is computed again on the way back, or all that the way
+//! back needs.
+
+mod forward;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,9 +14,10 @@ use std::time::Instant;
 
 use candle_core::{Result, Tensor};
 
-use super::{Decoder, FeedForward, Layer, Projections};
+use super::base::{BaseGradients, BaseParameter};
+use super::{Decoder, FeedForward, Projections};
 use crate::nn::add_scaled;
-use crate::nn::attention::{attend_rows, attend_rows_backward};
+use crate::nn::attention::attend_rows_backward;
 use crate::nn::linear::Linear;
 use crate::nn::lora::{SiteGradient, TrainSite};
 use crate::nn::loss::{LossChunk, Positions, TokenLoss};
@@ -41,6 +45,8 @@ pub(crate) struct PassSettings {
     pub(crate) key: u64,
     /// What is minimised.
     pub(crate) loss: TokenLoss,
+    /// Whether the base weights get gradients too.
+    pub(crate) base_learns: bool,
 }
 
 /// A token to predict.
@@ -111,6 +117,7 @@ pub(crate) struct Pass {
     settings: PassSettings,
     sites: Arc<TrainSites>,
     sequences: Vec<Range<usize>>,
+    tokens: Vec<u32>,
     positions: Vec<u32>,
     targets: Vec<Target>,
     stage: Stage,
@@ -121,6 +128,7 @@ pub(crate) struct Pass {
     chunk: Option<(Tensor, LossChunk)>,
     head_gradients: Vec<Tensor>,
     gradients: Gradients,
+    base_gradients: BaseGradients,
     logprobs: Vec<f32>,
     loss_sum: f64,
     seconds: PhaseSeconds,
@@ -153,6 +161,7 @@ impl Pass {
             settings,
             sites,
             sequences: ranges,
+            tokens,
             positions,
             targets,
             stage: Stage::Attention(0),
@@ -160,6 +169,7 @@ impl Pass {
             layers: (0..layers).map(|_| Memory::default()).collect(),
             chunk: None,
             head_gradients: Vec::new(),
+            base_gradients: BaseGradients::new(),
             logprobs: Vec::new(),
             loss_sum: 0.0,
             seconds: PhaseSeconds::default(),
@@ -226,6 +236,11 @@ impl Pass {
         self.gradients
     }
 
+    /// What the pass gave for the base.
+    pub(crate) fn into_base_gradients(self) -> BaseGradients {
+        self.base_gradients
+    }
+
     fn flow(&mut self) -> Tensor {
         self.flow.take().expect("every stage leaves what the next one takes")
     }
@@ -273,6 +288,7 @@ impl Pass {
                     loss: self.settings.loss,
                     logits_divisor: model.spec.logits_divisor,
                     gradient_scale: self.settings.gradient_scale,
+                    head_learns: self.settings.base_learns,
                 };
                 let chunk = LossChunk::new(positions, model.final_norm.forward(&rows)?, &model.head);
                 (rows, chunk)
@@ -285,7 +301,11 @@ impl Pass {
         drop(chunk);
         self.loss_sum += outcome.loss_sum;
         self.logprobs.extend(outcome.logprobs);
+        if let Some(by_head) = outcome.by_head {
+            self.base_gradient(BaseParameter::Embedding, by_head)?;
+        }
         if let Some(gradient) = outcome.gradient {
+            self.norm_learns(BaseParameter::FinalNorm, &model.final_norm, &rows, &gradient)?;
             self.head_gradients.push(model.final_norm.backward(&rows, &gradient)?);
         }
         if to < self.targets.len() {
@@ -352,6 +372,9 @@ impl Pass {
                 self.linear_back(up, &normed, kept.low[0].as_ref(), &by_up)?
             }
         };
+        if let Some(norm) = &layer.before_mlp {
+            self.norm_learns(BaseParameter::BeforeMlp(number), norm, &middle, &by_normed)?;
+        }
         let by_middle = norm_back(&layer.before_mlp, Some(&middle), by_normed)?;
         self.flow = Some(add_scaled(&gradient, &by_middle, 1.0)?);
         Ok(Stage::AttentionBack(number))
@@ -387,6 +410,7 @@ impl Pass {
             _ => (q, k),
         };
         let normed = normed(&layer.before_attention, &x)?;
+        let goes_on = number > 0 || self.settings.base_learns;
         let rows = x.dim(0)?;
         let flat = |t: &Tensor| t.reshape((rows, ()));
         let by_normed = match &layer.qkv {
@@ -394,7 +418,7 @@ impl Pass {
                 let mut sum: Option<Tensor> = None;
                 for ((linear, low), gradient) in three.iter().zip(&kept.low).zip([&q, &k, &v]) {
                     let part =
-                        self.linear_back_if(linear, &normed, low.as_ref(), &flat(gradient)?, number > 0)?;
+                        self.linear_back_if(linear, &normed, low.as_ref(), &flat(gradient)?, goes_on)?;
                     sum = match (sum, part) {
                         (Some(sum), Some(part)) => Some(add_scaled(&sum, &part, 1.0)?),
                         (sum, part) => sum.or(part),
@@ -404,103 +428,44 @@ impl Pass {
             }
             Projections::Fused(qkv) => {
                 let all = flat(&Tensor::cat(&[q, k, v], 1)?)?;
-                self.linear_back_if(qkv, &normed, kept.low[0].as_ref(), &all, number > 0)?
+                self.linear_back_if(qkv, &normed, kept.low[0].as_ref(), &all, goes_on)?
             }
             Projections::InterleavedByHead(qkv) => {
                 let all = flat(&Tensor::stack(&[q, k, v], 2)?)?;
-                self.linear_back_if(qkv, &normed, kept.low[0].as_ref(), &all, number > 0)?
+                self.linear_back_if(qkv, &normed, kept.low[0].as_ref(), &all, goes_on)?
             }
         };
-        // Nothing below the first layer is trained, so nobody asks for its input's gradient.
+        // Below the first layer there is only the embedding, which an adapter does not train.
         if let Some(by_normed) = by_normed {
+            if let Some(norm) = &layer.before_attention {
+                self.norm_learns(BaseParameter::BeforeAttention(number), norm, &x, &by_normed)?;
+            }
             let by_x = norm_back(&layer.before_attention, Some(&x), by_normed)?;
             self.flow = Some(add_scaled(&gradient, &by_x, 1.0)?);
+        }
+        if number == 0 && self.settings.base_learns {
+            let by_embedded = self.flow();
+            let by_token = model.embedding_gradient(&self.tokens, &by_embedded)?;
+            self.base_gradient(BaseParameter::Embedding, by_token)?;
         }
         Ok(self.back_from(number))
     }
 
-    fn attention_forward(
-        &self,
-        model: &Decoder,
-        number: usize,
-        x: &Tensor,
-    ) -> Result<(KeptAttention, Tensor)> {
-        let layer = &model.layers[number];
-        let normed_x = normed(&layer.before_attention, x)?;
-        let (outputs, low): (Vec<Tensor>, Vec<Option<Tensor>>) = match &layer.qkv {
-            Projections::Separate(three) => three
-                .iter()
-                .map(|linear| self.linear(linear, &normed_x))
-                .collect::<Result<Vec<_>>>()?
-                .into_iter()
-                .unzip(),
-            Projections::Fused(qkv) | Projections::InterleavedByHead(qkv) => {
-                let (y, low) = self.linear(qkv, &normed_x)?;
-                (vec![y], vec![low])
-            }
+    /// Adds to the gradient of a weight of the base.
+    fn base_gradient(&mut self, parameter: BaseParameter, part: Tensor) -> Result<()> {
+        let sum = match self.base_gradients.remove(&parameter) {
+            Some(sum) => add_scaled(&sum, &part, 1.0)?,
+            None => part,
         };
-        let (q, k, v) = model.split(layer, outputs)?;
-        let (raw, q, k) = match &layer.qk_norm {
-            Some((q_norm, k_norm)) => {
-                let (new_q, new_k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
-                (Some((q, k)), new_q, new_k)
-            }
-            None => (None, q, k),
-        };
-        let (q, k) = model.turned(number, q, k, &self.positions)?;
-        let window = model.spec.windows[number];
-        let (mixed, log_sums) = attend_rows((&q, &k, &v), &self.sequences, &model.attention, window)?;
-        let (update, low_out) = self.linear(&layer.attention_out, &mixed)?;
-        let middle = add_scaled(x, &normed(&layer.after_attention, &update)?, model.spec.residual_scale)?;
-        let update = layer.after_attention.is_some().then_some(update);
-        Ok((KeptAttention { raw, q, k, v, mixed, log_sums, update, low, low_out }, middle))
+        self.base_gradients.insert(parameter, sum);
+        Ok(())
     }
 
-    fn mlp_forward(&self, model: &Decoder, number: usize, middle: &Tensor) -> Result<(KeptMlp, Tensor)> {
-        let layer = &model.layers[number];
-        let mut kept = self.mlp_halves(layer, middle)?;
-        let (inner, down) = inner(&layer.mlp, model.spec.layer.activation, &kept)?;
-        let (update, low_down) = self.linear(down, &inner)?;
-        let y = add_scaled(middle, &normed(&layer.after_mlp, &update)?, model.spec.residual_scale)?;
-        kept.low_down = low_down;
-        kept.update = layer.after_mlp.is_some().then_some(update);
-        Ok((kept, y))
-    }
-
-    /// What the way back needs of the feed-forward part, without its result where that can be done without.
-    fn mlp_again(&self, model: &Decoder, number: usize, middle: &Tensor) -> Result<KeptMlp> {
-        let layer = &model.layers[number];
-        if layer.after_mlp.is_some() {
-            return Ok(self.mlp_forward(model, number, middle)?.0);
+    fn norm_learns(&mut self, of: BaseParameter, norm: &Norm, x: &Tensor, gradient: &Tensor) -> Result<()> {
+        if !self.settings.base_learns {
+            return Ok(());
         }
-        let mut kept = self.mlp_halves(layer, middle)?;
-        let (inner, down) = inner(&layer.mlp, model.spec.layer.activation, &kept)?;
-        kept.low_down = match self.site(down) {
-            Some(site) => Some(down.train_low(&inner, site, self.dropout(down))?),
-            None => None,
-        };
-        Ok(kept)
-    }
-
-    fn mlp_halves(&self, layer: &Layer, middle: &Tensor) -> Result<KeptMlp> {
-        let x = normed(&layer.before_mlp, middle)?;
-        let (gate, up, low) = match &layer.mlp {
-            FeedForward::Gated { gate, up, .. } => {
-                let ((gate, low_gate), (up, low_up)) = (self.linear(gate, &x)?, self.linear(up, &x)?);
-                (gate, Some(up), vec![low_gate, low_up])
-            }
-            FeedForward::FusedGated { gate_up, .. } => {
-                let (both, low) = self.linear(gate_up, &x)?;
-                let width = both.dim(1)? / 2;
-                let half = |from| both.narrow(1, from, width)?.contiguous();
-                (half(0)?, Some(half(width)?), vec![low])
-            }
-            FeedForward::Plain { up, .. } => {
-                let (up, low) = self.linear(up, &x)?;
-                (up, None, vec![low])
-            }
-        };
-        Ok(KeptMlp { gate, up, update: None, low, low_down: None })
+        self.base_gradient(of, norm.weight_gradient(x, gradient)?)
     }
 
     fn site(&self, linear: &Linear) -> Option<&TrainSite> {
@@ -539,6 +504,9 @@ impl Pass {
         gradient: &Tensor,
         input_needed: bool,
     ) -> Result<Option<Tensor>> {
+        if let (true, Some(site)) = (self.settings.base_learns, linear.site()) {
+            self.base_gradient(BaseParameter::Linear(site), linear.weight_gradient(x, gradient)?)?;
+        }
         let (dx, of_site) =
             linear.train_backward(x, low, gradient, self.site(linear), self.dropout(linear), input_needed)?;
         if let (Some(of_site), Some(site)) = (of_site, linear.site()) {
