@@ -13,7 +13,7 @@ fn load(text: &str) -> Result<Connectors, FieldError> {
 fn the_shipped_file_is_a_template_that_works() {
     let shipped = concat!(env!("CARGO_MANIFEST_DIR"), "/configs");
     let connectors = Connectors::load(Path::new(shipped), None).unwrap();
-    assert_eq!(connectors.names().collect::<Vec<_>>(), ["local"]);
+    assert_eq!(connectors.names().collect::<Vec<_>>(), ["local", "phrasebook-nepali"]);
     // Every key that is said is the default but for the path.
     assert_eq!(connectors.source("local").unwrap(), &SourceConfig::local("data"));
 
