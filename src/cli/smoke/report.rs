@@ -105,8 +105,10 @@ pub(super) fn markdown(about: &str, verdict: &str, judged: &[Judged]) -> String 
         judged.iter().map(|one| one.category.as_str()).filter(|c| !c.is_empty()).collect();
     categories.sort_unstable();
     categories.dedup();
-    let about_what =
-        if categories.is_empty() { String::new() } else { format!(" about {}", categories.join(", ")) };
+    let topics = match categories.as_slice() {
+        [] => String::new(),
+        some => format!(" about {}", cell(&some.join(", "))),
+    };
     format!(
         "# Smoke test\n\n{verdict}: {}, {now}, {} prompts{}.\n\nAn answer passes that is in the language asked for, is \
          no echo of the prompt, and has chrF {MIN_CHRF} or more to the reference where there is one. `language` is what \
@@ -114,7 +116,7 @@ pub(super) fn markdown(about: &str, verdict: &str, judged: &[Judged]) -> String 
          request's.\n\n{}",
         cell(about),
         judged.len(),
-        cell(&about_what),
+        topics,
         table(judged),
     )
 }
