@@ -80,7 +80,8 @@ async fn parity_of_merged_models_with_peft() {
         let logits = answers["logits"].to_vec3::<f32>().unwrap();
         let engine = engine(&dir.path().join("merged"));
         for (row, logits) in rows.iter().zip(logits) {
-            let scores = engine.score(ScoreRequest { tokens: row.clone(), adapter: None }).await.unwrap();
+            let scores =
+                engine.score(ScoreRequest { tokens: row.clone(), from: 1, adapter: None }).await.unwrap();
             for (at, score) in scores.iter().enumerate() {
                 let total = logits[at].iter().map(|&l| f64::from(l).exp()).sum::<f64>().ln();
                 let expected = f64::from(logits[at][row[at + 1] as usize]) - total;

@@ -219,7 +219,7 @@ async fn parity_perplexity_of_eight_bits_on_real_text() {
         let (mut sum, mut count) = (0f64, 0);
         for line in text.lines().take(200) {
             let tokens = tokenizer.encode(line, gurukul::model::tokenizer::AddSpecial::Yes).expect("encodes");
-            let scores = engine.score(ScoreRequest { tokens, adapter: None }).await.expect("scored");
+            let scores = engine.score(ScoreRequest { tokens, from: 1, adapter: None }).await.expect("scored");
             sum += scores.iter().map(|&s| s as f64).sum::<f64>();
             count += scores.len();
         }
@@ -239,8 +239,18 @@ async fn parity_scores_are_those_of_the_logits() {
     let logits = answers["logits"].to_vec3::<f32>().expect("logits");
     let engine = engine(&dir, 7, 2, Quantization::None);
     for (row, logits) in rows.iter().zip(logits) {
-        let scores = engine.score(ScoreRequest { tokens: row.clone(), adapter: None }).await.expect("scored");
+        let scores =
+            engine.score(ScoreRequest { tokens: row.clone(), from: 1, adapter: None }).await.expect("scored");
         assert_eq!(scores.len(), row.len() - 1);
+        // Chunks are 7 tokens: one that scores nothing, one in the middle of which scoring begins.
+        for from in [2, row.len() / 2, row.len() - 1] {
+            let request = ScoreRequest { tokens: row.clone(), from, adapter: None };
+            assert_eq!(engine.score(request).await.expect("scored"), scores[from - 1..], "from {from}");
+        }
+        for from in [0, row.len()] {
+            let request = ScoreRequest { tokens: row.clone(), from, adapter: None };
+            assert!(engine.score(request).await.unwrap_err().to_string().starts_with("from must be"));
+        }
         for (at, score) in scores.iter().enumerate() {
             let total = logits[at].iter().map(|&l| (l as f64).exp()).sum::<f64>().ln();
             let expected = logits[at][row[at + 1] as usize] as f64 - total;

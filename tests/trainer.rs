@@ -324,7 +324,7 @@ async fn losses_fall_through_quantized_bases() {
         let seen = trainer.evaluate(batch(one, 99)).await.expect("a pass").logprobs[0].clone();
         let adapter = trainer.publish("trained", 1).await.expect("it is served");
         let tokens = one[0].tokens.clone();
-        let request = gurukul::engine::ScoreRequest { tokens, adapter: Some(adapter) };
+        let request = gurukul::engine::ScoreRequest { tokens, from: 1, adapter: Some(adapter) };
         let scored = engine.score(request).await.expect("scores");
         for (i, weight) in one[0].weights.iter().enumerate().skip(1).filter(|(_, w)| **w != 0.0) {
             let apart = (seen[i] - scored[i - 1]).abs();

@@ -10,13 +10,13 @@ use std::io::Write as _;
 use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
-use futures::FutureExt as _;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use self::client::Server;
 use self::figures::{PerRun, Percentiles, Round, Served, peak_resident_bytes, ratio};
 use self::load::{AdapterChoice, Prompts, Workload};
+use super::local;
 use crate::adapters::Registry;
 use crate::app::{self, App, CannotStart};
 use crate::config::Settings;
@@ -55,7 +55,7 @@ struct ServeArgs {
 ///
 /// # Errors
 /// A workload that cannot be run, a model that does not load, a request that fails, a closed stdout.
-pub(super) fn run(args: Args, mut settings: Settings) -> anyhow::Result<()> {
+pub(super) fn run(args: Args, settings: Settings) -> anyhow::Result<()> {
     let runtime = super::runtime()?;
     let report = match args.subject {
         Subject::Generate(workload) => {
@@ -82,26 +82,8 @@ pub(super) fn run(args: Args, mut settings: Settings) -> anyhow::Result<()> {
         }
         Subject::Serve(ServeArgs { workload, url: None, .. }) => {
             workload.check().context(CannotStart)?;
-            // A free port: the benchmark must not meet a server that runs already.
-            settings.port = 0;
-            // And a folder of its own: that server's jobs are not to run in here, and it holds its folder alone. The
-            // adapters are those of the settings.
-            let folder = std::env::temp_dir().join(format!("gurukul-bench-{}", uuid::Uuid::new_v4()));
-            std::fs::create_dir(&folder)
-                .context("no temporary folder for the benchmark")
-                .context(CannotStart)?;
-            settings.data_dir = folder.clone();
-            let app = runtime.block_on(App::build(&settings));
-            let report = app.and_then(|app| {
-                let engine = app.engine();
-                let report = runtime.block_on(serve_here(&workload, app));
-                runtime.shutdown_timeout(std::time::Duration::from_secs(1));
-                engine.shutdown();
-                report
-            });
-            // What stays behind is for the system to clear.
-            let _ = std::fs::remove_dir_all(&folder);
-            report?
+            let serve = async |app| serve_here(&workload, app).await;
+            local::with_app(runtime, settings, serve)?
         }
     };
     let mut out = std::io::stdout().lock();
@@ -208,21 +190,16 @@ async fn serve_here(workload: &Workload, app: App) -> anyhow::Result<Map<String,
     let (engine, registry) = (app.engine(), app.adapters());
     fits(workload, &engine).context(CannotStart)?;
     let url = format!("http://{}", app.address());
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    // A dropped sender stops the server as well; it is never asked twice.
-    let server = tokio::spawn(app.run(stopped.map(|_| std::future::pending::<()>())));
     let info = engine.info();
     let prompts = Prompts::new(workload, info.vocab_size, &info.eos_token_ids);
     let measured = async {
         let handles = acquire(&workload.adapters, &registry).await.context(CannotStart)?;
         measure(workload, Server::new(&url)?, prompts, Some((&engine, &handles))).await
     };
-    let results = measured.await;
-    drop(stop);
-    server.await.context("the server panicked")??;
+    let results = local::serve_meanwhile(app, measured).await?;
     let mut report = head("serve", workload);
     report.insert("model".into(), describe(&engine));
-    report.insert("results".into(), serde_json::to_value(results?)?);
+    report.insert("results".into(), serde_json::to_value(results)?);
     report.insert("peak_resident_bytes".into(), json!(peak_resident_bytes()));
     Ok(report)
 }

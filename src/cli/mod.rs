@@ -3,16 +3,22 @@
 
 mod bench;
 mod check_config;
+mod eval;
 mod generate;
+mod local;
 mod merge;
 mod serve;
+mod smoke;
 mod train;
 
-use std::io::Write as _;
+use std::io::{self, Write as _};
+use std::path::Path;
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::Parser as _;
 
+use crate::adapters::{sync_folder, write_file};
 use crate::app::CannotStart;
 use crate::config::{LogFormat, ServerFlags, Settings};
 
@@ -45,6 +51,10 @@ enum Command {
     Train(train::Args),
     /// Write the model with an adapter's change in its weights, as a folder that transformers loads
     Merge(merge::Args),
+    /// Ask a server ten questions in ten languages and judge the answers
+    Smoke(smoke::Args),
+    /// Measure a model on prompts with known completions: loss, chrF, exact matches
+    Eval(eval::Args),
     /// Show the settings in force and what the model folder holds
     CheckConfig,
     /// Measure, and print the figures as JSON
@@ -58,7 +68,7 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Nobody is left to tell when stderr is closed.
-            let _ = writeln!(std::io::stderr(), "error: {error:#}");
+            let _ = writeln!(io::stderr(), "error: {error:#}");
             ExitCode::from(if error.is::<CannotStart>() { 2 } else { 1 })
         }
     }
@@ -72,6 +82,8 @@ fn run(line: CommandLine) -> anyhow::Result<()> {
         Command::Generate(args) => generate::run(&args, &settings),
         Command::Train(args) => train::run(&args, &settings),
         Command::Merge(args) => merge::run(&args, &settings),
+        Command::Smoke(args) => smoke::run(&args, settings),
+        Command::Eval(args) => eval::run(&args, &settings),
         Command::CheckConfig => check_config::run(&settings),
         Command::Bench(args) => bench::run(args, settings),
     }
@@ -81,9 +93,9 @@ fn run(line: CommandLine) -> anyhow::Result<()> {
 fn start_logging(format: LogFormat) {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     match format {
-        LogFormat::Text => builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
+        LogFormat::Text => builder.with_ansi(io::IsTerminal::is_terminal(&io::stderr())).init(),
         LogFormat::Json => builder.json().flatten_event(true).init(),
     }
 }
@@ -95,4 +107,27 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
         .enable_all()
         .build()
         .map_err(|e| anyhow::Error::new(e).context("no thread for the runtime").context(CannotStart))
+}
+
+/// Writes a report where `--out` says, whole or not at all.
+fn write_report(path: &Path, text: &str) -> anyhow::Result<()> {
+    let name = path.file_name().with_context(|| format!("--out {} is no file", path.display()))?;
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let made = folder.join(format!(".writing-{}-{}", uuid::Uuid::new_v4().simple(), name.display()));
+    let write = || {
+        write_file(&made, text.as_bytes())?;
+        std::fs::rename(&made, path)?;
+        sync_folder(folder)
+    };
+    write()
+        .inspect_err(|_| drop(std::fs::remove_file(&made)))
+        .with_context(|| format!("--out {}", path.display()))
+}
+
+/// Lines to stdout. Whoever reads no further (`| head`) is no failure.
+fn print(text: &str) -> anyhow::Result<()> {
+    match io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
 }

@@ -252,8 +252,11 @@ pub(crate) type Reply<T> = oneshot::Sender<Result<T, EngineError>>;
 /// A text to score.
 #[derive(Debug, Clone)]
 pub struct ScoreRequest {
-    /// At least two tokens; the first is not scored.
+    /// At least two tokens.
     pub tokens: Vec<u32>,
+    /// The first token that is scored, at least 1: nothing precedes the first one. What stands before it costs no
+    /// logits.
+    pub from: usize,
     /// As in [`GenerateRequest`].
     pub adapter: Option<AdapterHandle>,
 }

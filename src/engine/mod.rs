@@ -297,7 +297,7 @@ impl EngineHandle {
         Ok(Generation { events })
     }
 
-    /// ln p of every token after the first, given those before it: `tokens.len() - 1` values.
+    /// ln p of every token from `from` on, given those before it: `tokens.len() - from` values.
     ///
     /// # Errors
     /// As [`EngineHandle::generate`].
@@ -307,6 +307,12 @@ impl EngineHandle {
             return Err(EngineError::InvalidParameter {
                 field: "tokens",
                 message: format!("must hold 2 to {} tokens", info.context_length),
+            });
+        }
+        if !(1..request.tokens.len()).contains(&request.from) {
+            return Err(EngineError::InvalidParameter {
+                field: "from",
+                message: format!("must be 1 to {}, the number of the last token", request.tokens.len() - 1),
             });
         }
         if request.tokens.iter().any(|&t| t as usize >= info.vocab_size) {

@@ -23,7 +23,7 @@ pub(super) struct Sequence {
 /// What the request is after.
 pub(super) enum Work {
     Answer(Box<Answer>),
-    Score { logprobs: Vec<f32>, reply: oneshot::Sender<Result<Vec<f32>, EngineError>> },
+    Score { from: usize, logprobs: Vec<f32>, reply: oneshot::Sender<Result<Vec<f32>, EngineError>> },
 }
 
 /// An answer that is being generated.
@@ -84,8 +84,9 @@ impl Sequence {
         request: ScoreRequest,
         reply: oneshot::Sender<Result<Vec<f32>, EngineError>>,
     ) -> Self {
-        let logprobs = Vec::with_capacity(request.tokens.len() - 1);
-        Self { tokens: request.tokens, adapter: request.adapter, work: Work::Score { logprobs, reply } }
+        let ScoreRequest { tokens, from, adapter } = request;
+        let logprobs = Vec::with_capacity(tokens.len() - from);
+        Self { tokens, adapter, work: Work::Score { from, logprobs, reply } }
     }
 
     /// Tokens that it may have in the end.
@@ -111,8 +112,11 @@ impl Sequence {
         match self.work {
             Work::Answer(_) if end == self.tokens.len() => count - 1..count,
             Work::Answer(_) => 0..0,
-            // The last row predicts a token that is not there.
-            Work::Score { .. } => 0..count - usize::from(end == self.tokens.len()),
+            Work::Score { from, .. } => {
+                // The last row predicts a token that is not there.
+                let last = count - usize::from(end == self.tokens.len());
+                (from - 1).saturating_sub(start).min(last)..last
+            }
         }
     }
 
@@ -130,11 +134,11 @@ impl Sequence {
                 [] => Progress::Continues,
                 [row, ..] => answer.next(row, &mut self.tokens, now),
             },
-            Work::Score { logprobs: scores, reply } => {
+            Work::Score { from, logprobs: scores, reply } => {
                 for (i, row) in rows.iter().enumerate() {
                     scores.push(logprobs(row, self.tokens[start + i + 1], 0).chosen);
                 }
-                if scores.len() + 1 < self.tokens.len() {
+                if scores.len() + *from < self.tokens.len() {
                     return Progress::Continues;
                 }
                 let (reply, scores) =

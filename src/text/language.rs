@@ -96,6 +96,12 @@ impl Language {
         self.row().names[0]
     }
 
+    /// The English name with a capital letter, as prompts have it.
+    pub fn title(self) -> String {
+        let name = self.english_name();
+        name[..1].to_ascii_uppercase() + &name[1..]
+    }
+
     /// The name that the language has for itself.
     pub fn native_name(self) -> &'static str {
         let names = self.row().names;

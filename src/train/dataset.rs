@@ -373,15 +373,8 @@ fn examples(
     tokenizer: Arc<Tokenizer>,
     eos_token_ids: &[u32],
 ) -> Result<Examples, TrainError> {
-    // Of several the tokenizer's own comes first; a model that names none has the tokenizer's.
-    let own = tokenizer.eos_token_id();
-    let own = own.filter(|id| eos_token_ids.is_empty() || eos_token_ids.contains(id));
-    let others = eos_token_ids.iter().copied().filter(|id| Some(*id) != own);
-    let shape = Shape {
-        max_tokens: job.config.max_seq_length,
-        completion_only: job.config.completion_only,
-        eos: own.into_iter().chain(others).collect(),
-    };
+    let config = &job.config;
+    let shape = Shape::new(config.max_seq_length, config.completion_only, &tokenizer, eos_token_ids);
     Ok(Examples::new(&job.source, template, tokenizer, shape)?)
 }
 

@@ -10,6 +10,7 @@ use tokio::sync::watch;
 
 use super::checkpoint::{Best, Checkpoint, Checkpoints, State};
 use super::dataset::{Dataset, Planned, pack};
+use super::evaluation::{Scorer, Sums, evaluate};
 use super::schedule::Schedule;
 use super::targets::trainer_spec;
 use super::{Context, Ending, Progress, Reporter, Stop, TrainError, TrainJob};
@@ -17,7 +18,7 @@ use crate::adapters::{TrainedAdapter, check_name};
 use crate::config::adapter::AdapterConfig;
 use crate::engine::Trainer;
 use crate::engine::training::{
-    LoraSpec, PassReport, StepParameters, TrainBatch, TrainSequence, TrainerSnapshot, TrainingPlan,
+    LoraSpec, StepParameters, TrainBatch, TrainSequence, TrainerSnapshot, TrainingPlan,
 };
 use crate::nn::lora::{LoraWeights, Site, SiteWeights};
 use crate::nn::loss::TokenLoss;
@@ -137,7 +138,7 @@ pub async fn run(
         progress.samples += found.samples;
         progress.tokens += found.tokens;
         progress.skipped_steps += u64::from(taken.skipped);
-        let loss = found.loss_sum / found.weight_sum;
+        let loss = found.loss();
         if loss.is_finite() && !taken.skipped {
             (progress.loss, progress.grad_norm) = (loss, taken.grad_norm);
             state.bad_in_a_row = 0;
@@ -200,24 +201,6 @@ enum Evaluated {
     NotBetter,
 }
 
-/// Sums over the passes of a step or of an evaluation.
-#[derive(Debug, Clone, Copy, Default)]
-struct Found {
-    loss_sum: f64,
-    weight_sum: f64,
-    samples: u64,
-    tokens: u64,
-}
-
-impl Found {
-    fn add(&mut self, report: &PassReport) {
-        self.loss_sum += report.loss_sum;
-        self.weight_sum += report.weight_sum;
-        self.samples += report.logprobs.len() as u64;
-        self.tokens += report.tokens as u64;
-    }
-}
-
 impl Run<'_> {
     fn stopping(&self) -> Stop {
         *self.stop.borrow()
@@ -242,8 +225,8 @@ impl Run<'_> {
     }
 
     /// The gradient of a step's examples, summed in the trainer. `None`: asked to stop on the way.
-    async fn gradient(&self, state: &State, examples: &[TrainSequence]) -> Result<Option<Found>, TrainError> {
-        let mut found = Found::default();
+    async fn gradient(&self, state: &State, examples: &[TrainSequence]) -> Result<Option<Sums>, TrainError> {
+        let mut found = Sums::default();
         for (number, sequences) in self.passes(state, examples).into_iter().enumerate() {
             if self.stopping() != Stop::No {
                 return Ok(None);
@@ -251,7 +234,7 @@ impl Run<'_> {
             // Numbered by the step, so that a job that goes on draws what it would have drawn.
             let pass = (state.progress.step << 20) | number as u64;
             let batch = TrainBatch { sequences, loss: TokenLoss::CrossEntropy, pass };
-            found.add(&self.trainer.forward_backward(batch).await?);
+            found.add(&Sums::of(&self.trainer.forward_backward(batch).await?));
         }
         Ok(Some(found))
     }
@@ -262,16 +245,13 @@ impl Run<'_> {
         if examples.is_empty() || state.evaluated == Some(step) {
             return Ok(Evaluated::NotBetter);
         }
-        let mut found = Found::default();
-        for (number, sequences) in self.passes(state, examples).into_iter().enumerate() {
-            if self.stopping() != Stop::No {
-                // Not evaluated, as far as a checkpoint of this step is concerned.
-                return Ok(Evaluated::NotBetter);
-            }
-            let batch = TrainBatch { sequences, loss: TokenLoss::CrossEntropy, pass: number as u64 };
-            found.add(&self.trainer.evaluate(batch).await?);
-        }
-        let loss = found.loss_sum / found.weight_sum;
+        let scorer = Scorer::Trainer { trainer: &self.trainer, tokens_per_pass: state.tokens_per_pass };
+        let stopping = || self.stopping() != Stop::No;
+        let Some(found) = evaluate(scorer, examples, stopping).await? else {
+            // Not evaluated, as far as a checkpoint of this step is concerned.
+            return Ok(Evaluated::NotBetter);
+        };
+        let loss = found.loss();
         state.evaluated = Some(step);
         if loss.is_finite() {
             state.progress.eval_loss = Some(loss);

@@ -3,6 +3,7 @@
 
 pub mod checkpoint;
 pub mod dataset;
+pub mod evaluation;
 pub mod full;
 pub mod job;
 pub mod schedule;

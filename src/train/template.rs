@@ -39,6 +39,22 @@ pub(super) struct Shape {
     pub(super) eos: Vec<u32>,
 }
 
+impl Shape {
+    /// For a model with these end tokens.
+    pub(super) fn new(
+        max_tokens: usize,
+        completion_only: bool,
+        tokenizer: &Tokenizer,
+        eos_token_ids: &[u32],
+    ) -> Self {
+        // Of several the tokenizer's own comes first; a model that names none has the tokenizer's.
+        let own = tokenizer.eos_token_id();
+        let own = own.filter(|id| eos_token_ids.is_empty() || eos_token_ids.contains(id));
+        let others = eos_token_ids.iter().copied().filter(|id| Some(*id) != own);
+        Self { max_tokens, completion_only, eos: own.into_iter().chain(others).collect() }
+    }
+}
+
 /// Turns records into examples; immutable.
 pub(super) struct Examples {
     tokenizer: Arc<Tokenizer>,
@@ -165,6 +181,12 @@ impl Examples {
         Ok(Self { tokenizer, fields: source.fields.clone(), template, request, shape })
     }
 
+    /// For pairs of texts that come from no source; see [`Examples::pair`].
+    pub(super) fn of_pairs(tokenizer: Arc<Tokenizer>, shape: Shape) -> Self {
+        let (fields, request) = (BTreeMap::new(), String::new());
+        Self { tokenizer, fields, template: Template::PromptCompletion, request, shape }
+    }
+
     pub(super) fn template(&self) -> Template {
         self.template
     }
@@ -174,7 +196,7 @@ impl Examples {
     pub(super) fn make(&self, record: &Record) -> Result<Made, String> {
         let (tokens, learnt) = match self.template {
             Template::PromptCompletion => {
-                self.answer(&self.prompt(record)?, &self.text(record, "completion")?)?
+                return self.pair(&self.prompt(record)?, &self.text(record, "completion")?);
             }
             Template::Translation => {
                 let (source, target) = (self.text(record, "source")?, self.text(record, "target")?);
@@ -189,6 +211,15 @@ impl Examples {
                 (tokens, vec![learnt])
             }
         };
+        Ok(self.sequence(tokens, &learnt))
+    }
+
+    /// A prompt and what is to be answered, neither empty.
+    ///
+    /// # Errors
+    /// As [`Examples::make`].
+    pub(super) fn pair(&self, prompt: &str, completion: &str) -> Result<Made, String> {
+        let (tokens, learnt) = self.answer(prompt, completion)?;
         Ok(self.sequence(tokens, &learnt))
     }
 
@@ -359,9 +390,9 @@ fn request(source: &SourceConfig) -> Result<String, FieldError> {
         let path = || source.fields.get(field).and_then(|path| path.rsplit('.').next());
         match named {
             // A language that is not known here is asked for by the name it is given.
-            Some(name) => Some(Language::parse(name).map_or_else(|| name.trim().to_owned(), title)),
+            Some(name) => Some(Language::parse(name).map_or_else(|| name.trim().to_owned(), Language::title)),
             // `translation.hi` says it as well.
-            None => path().and_then(Language::parse).map(title),
+            None => path().and_then(Language::parse).map(Language::title),
         }
     };
     let target = language(&source.target_language, "target").ok_or_else(|| FieldError {
@@ -373,12 +404,6 @@ fn request(source: &SourceConfig) -> Result<String, FieldError> {
         Some(from) => format!("Translate from {from} to {target}: "),
         None => format!("Translate to {target}: "),
     })
-}
-
-/// The English name with a capital letter.
-fn title(language: Language) -> String {
-    let name = language.english_name();
-    name[..1].to_ascii_uppercase() + &name[1..]
 }
 
 #[cfg(test)]
