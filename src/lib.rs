@@ -12,7 +12,7 @@
 //! - [`data`]: streams of records from where they lie, and model files from a hub;
 //! - [`train`]: the recipe that turns records into an adapter;
 //! - [`jobs`]: long work that outlives a request and a crash;
-//! - [`text`]: pure functions on text: scripts, languages, cleaning;
+//! - [`text`]: pure functions on text: scripts, languages, cleaning, likeness;
 //! - [`metrics`]: every metric, named in one place.
 //!
 //! Imports run downward only; `tests/tidy.rs` holds that.

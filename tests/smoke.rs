@@ -1,6 +1,8 @@
 //! `gurukul smoke` and `gurukul eval` as their users meet them: against a server that runs, one in their own process
 //! and one that is down, with files that cannot be used; and figures that are those of a computation by other means.
 
+#![expect(clippy::print_stdout, reason = "a skipped test says so")]
+
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -341,16 +343,23 @@ fn eval_finds_a_trained_model_at_ease_with_its_own_words() {
     let prompt = "Once upon a time, there was a little girl named Lily.";
     let line = ["generate", prompt, "--model", model, "--temperature", "0", "--repetition-penalty", "1"];
     let answer = stdout(&run(dir.path(), &[&line[..], &["--max-new-tokens", "20"]].concat()), 0);
-    let row = json!({"prompt": prompt, "completion": answer.trim_end_matches('\n'), "language": "en"});
-    std::fs::write(dir.path().join("rows.jsonl"), row.to_string()).unwrap();
+    let completion = answer.trim_end_matches('\n');
+    let backwards: Vec<&str> = completion.split(' ').rev().collect();
+    let rows = [
+        json!({"prompt": prompt, "completion": completion, "language": "en"}),
+        json!({"prompt": prompt, "completion": backwards.join(" ")}),
+    ];
+    std::fs::write(dir.path().join("rows.jsonl"), format!("{}\n{}\n", rows[0], rows[1])).unwrap();
     let line =
         ["eval", "--model", model, "--data", "rows.jsonl", "--max-new-tokens", "20", "--out", "f.json"];
     let table = stdout(&run(dir.path(), &line), 0);
     assert!(table.contains("english"), "{table}");
     let figures: Value =
         serde_json::from_str(&std::fs::read_to_string(dir.path().join("f.json")).unwrap()).unwrap();
-    let total = &figures["total"];
-    assert_eq!((&total["exact_match"], &total["language_correct"]), (&json!(1.0), &json!(1.0)));
-    near(&total["chrf"], 100.0);
-    assert!(total["perplexity"].as_f64().unwrap() < 5.0, "{total}");
+    let (own, other) = (&figures["languages"]["en"], &figures["languages"]["none"]);
+    assert_eq!((&own["exact_match"], &own["language_correct"]), (&json!(1.0), &json!(1.0)));
+    near(&own["chrf"], 100.0);
+    assert_eq!((&other["exact_match"], &figures["total"]["exact_match"]), (&json!(0.0), &json!(0.5)));
+    let loss = |of: &Value| of["loss"].as_f64().unwrap();
+    assert!(loss(own) + 1.0 < loss(other), "{figures}");
 }
