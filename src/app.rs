@@ -1,6 +1,7 @@
 //! Builds everything once, in order (listener, jobs, model folder, tokenizer, engine, adapters, routes), and takes it
 //! down in order. What each part does is known to the part.
 
+mod demo;
 mod training;
 
 use std::future::Future;
@@ -43,21 +44,17 @@ pub struct Loaded {
     pub model_id: String,
 }
 
-/// The folder of the model that the settings name, downloaded where it has to be.
+/// The folder of the model that the settings name, downloaded where it has to be; of the demo model where they name
+/// none.
 ///
 /// # Errors
-/// No model is named; otherwise as [`hub::resolve_model`]. The chain holds [`CannotStart`].
+/// As [`hub::resolve_model`]; a data folder that the demo model cannot be written to. The chain holds
+/// [`CannotStart`].
 pub async fn model_folder(settings: &Settings) -> anyhow::Result<PathBuf> {
-    hub::resolve_model(model_spec(settings)?, Progress::Bar).await.context(CannotStart)
-}
-
-fn model_spec(settings: &Settings) -> anyhow::Result<&str> {
-    let spec = settings.model.as_deref().context(
-        "no model is named, and this version has none built in. Name a folder or a hub id: \
-         gurukul serve --model ./my-model, or gurukul serve --model Qwen/Qwen2.5-0.5B-Instruct \
-         (also as GURUKUL_MODEL, or as model: in configs/server.yaml)",
-    );
-    spec.context(CannotStart)
+    match &settings.model {
+        Some(spec) => hub::resolve_model(spec, Progress::Bar).await.context(CannotStart),
+        None => demo::unpack(&settings.data_dir.join("models")).context(CannotStart),
+    }
 }
 
 /// Loads the model and the tokenizer, and starts the engine.
@@ -66,9 +63,9 @@ fn model_spec(settings: &Settings) -> anyhow::Result<&str> {
 /// What [`model_folder`], [`Tokenizer::from_dir`] and [`EngineHandle::start`] refuse. The chain holds
 /// [`CannotStart`].
 pub async fn load(settings: &Settings) -> anyhow::Result<Loaded> {
-    let spec = model_spec(settings)?;
     let folder = model_folder(settings).await?;
-    let model_id = model_id(spec, &folder);
+    let spec = settings.model.as_deref();
+    let model_id = spec.map_or_else(|| demo::NAME.to_owned(), |spec| model_id(spec, &folder));
     let config = settings.engine.for_model(folder.clone());
     // Reading and quantizing weights takes its time, which a runtime thread does not have.
     let load = move || {
@@ -77,8 +74,10 @@ pub async fn load(settings: &Settings) -> anyhow::Result<Loaded> {
         anyhow::Ok((engine, tokenizer))
     };
     let loaded = tokio::task::spawn_blocking(load).await.context("loading the model panicked");
-    let (engine, tokenizer) =
-        loaded.and_then(|l| l).with_context(|| format!("--model {spec}")).context(CannotStart)?;
+    let (engine, tokenizer) = loaded
+        .and_then(|l| l)
+        .with_context(|| format!("--model {}", spec.unwrap_or(demo::NAME)))
+        .context(CannotStart)?;
     let adapters = Arc::new(Registry::new(settings.adapters_dir.clone(), engine.clone()));
     Ok(Loaded { engine, tokenizer, adapters, model_id })
 }
@@ -99,7 +98,6 @@ impl App {
     /// # Errors
     /// A port in use, a job store that cannot be used, or what [`load`] refuses. The chain holds [`CannotStart`].
     pub async fn build(settings: &Settings) -> anyhow::Result<Self> {
-        model_spec(settings)?;
         // Before the model, because it fails at once where loading a model takes minutes. Whoever connects meanwhile waits.
         let listener = listen(SocketAddr::new(settings.host, settings.port)).await.context(CannotStart)?;
         let address = listener.local_addr().context("the listener has no address").context(CannotStart)?;

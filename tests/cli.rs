@@ -32,12 +32,17 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 #[test]
-fn no_model_is_a_message_that_says_how_to_name_one() {
+fn without_a_model_the_demo_model_answers() {
     let dir = tempfile::tempdir().unwrap();
-    for arguments in [&[][..], &["serve"], &["generate", "hello"]] {
-        let output = gurukul(dir.path()).args(arguments).output().unwrap();
-        assert_refused(&output, &["no model is named", "--model ./my-model", "GURUKUL_MODEL", "server.yaml"]);
-    }
+    let arguments = ["generate", "Translate to Hindi: Good morning.", "--temperature", "0"];
+    let output = gurukul(dir.path()).args(arguments).output().unwrap();
+    let answer = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        output.status.success() && answer.contains("सुप्रभात"),
+        "{answer}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(dir.path().join("models").is_dir(), "its files are in the data folder");
 }
 
 #[test]

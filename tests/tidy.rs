@@ -16,7 +16,7 @@ const LONG_FILES: &[(&str, &str)] = &[];
 const MAX_BYTES: u64 = 1_000_000;
 
 /// Where larger files belong.
-const LARGE_FILES: &[&str] = &["tests/fixtures", "assets/demo"];
+const LARGE_FILES: &[&str] = &["tests/fixtures", "assets/demo", "assets/phrasebook"];
 
 /// What each module at the top may import, as DESIGN says: downward only.
 const IMPORTS: &[(&str, &[&str])] = &[

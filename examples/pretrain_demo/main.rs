@@ -5,6 +5,7 @@
 //! ```sh
 //! cargo run --release --example pretrain_demo -- --out target/demo
 //! ```
+#![expect(clippy::print_stdout, reason = "progress is what it prints")]
 
 #[path = "phrasebook.rs"]
 mod phrasebook;

@@ -83,7 +83,7 @@ fn passes_side_by_side_are_passes_one_after_the_other() {
 fn it_learns_and_goes_on_after_a_stop_with_the_same_bits() {
     let folder = folder();
     let by = StepParameters { learning_rate: 1e-2, max_grad_norm: 1.0 };
-    let mut steps = |trainer: &mut FullTrainer, count: u32| {
+    let steps = |trainer: &mut FullTrainer, count: u32| {
         for number in 0..count {
             trainer.forward_backward(&[batch(number % 2)]).unwrap();
             assert!(!trainer.optim_step(by).unwrap().skipped);

@@ -8,6 +8,9 @@ use serde_json::{Map, Value};
 
 use crate::text::Language;
 
+/// Fields of a row of the phrasebook that are about its sentence and no sentence themselves.
+const ABOUT: [&str; 2] = ["category", "frame"];
+
 /// A prompt with the completion that is known to be right.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Row {
@@ -74,14 +77,16 @@ fn sentence(fields: &Map<String, Value>, line: usize) -> Result<Vec<Row>, String
     }
     let english = text_of(fields, "en")?;
     let mut rows = Vec::with_capacity(fields.len() - 1);
-    for code in fields.keys().filter(|code| *code != "en") {
+    for code in fields.keys().filter(|key| *key != "en" && !ABOUT.contains(&key.as_str())) {
         // The code itself and not a name: a field that is called otherwise is a mistake.
         let language = Language::all().find(|language| language.code() == code).ok_or_else(|| {
             let codes: Vec<&str> = Language::all().map(Language::code).collect();
             format!("{code} is no code of a language that is known here; use {}", codes.join(", "))
         })?;
         let prompt = format!("Translate to {}: {english}", language.title());
-        rows.push(Row { prompt, completion: text_of(fields, code)?, language: Some(language), line });
+        // The space that training's translation pairs have there.
+        let completion = format!(" {}", text_of(fields, code)?);
+        rows.push(Row { prompt, completion, language: Some(language), line });
     }
     if rows.is_empty() { Err("has no language but English".into()) } else { Ok(rows) }
 }
@@ -113,7 +118,7 @@ mod tests {
     const BOTH: &str = r#"{"prompt": "say a", "completion": " a", "id": 3}
 
 {"prompt": "p", "completion": "पानी", "language": "hi"}
-{"en": "Water.", "hi": "पानी।", "ne": "पानी", "bn": "জল।"}
+{"category": "home", "frame": "f", "en": "Water.", "hi": "पानी।", "ne": "पानी", "bn": "জল।"}
 "#;
 
     #[test]
@@ -128,9 +133,9 @@ mod tests {
         let expected = [
             row("say a", " a", None, 1),
             row("p", "पानी", Some(Language::Hindi), 3),
-            row("Translate to Hindi: Water.", "पानी।", Some(Language::Hindi), 4),
-            row("Translate to Nepali: Water.", "पानी", Some(Language::Nepali), 4),
-            row("Translate to Bengali: Water.", "জল।", Some(Language::Bengali), 4),
+            row("Translate to Hindi: Water.", " पानी।", Some(Language::Hindi), 4),
+            row("Translate to Nepali: Water.", " पानी", Some(Language::Nepali), 4),
+            row("Translate to Bengali: Water.", " জল।", Some(Language::Bengali), 4),
         ];
         assert_eq!(read, expected);
         assert_eq!(rows(BOTH, &[Language::Hindi], None).unwrap(), expected[1..3]);
