@@ -52,13 +52,13 @@ struct Arguments {
     #[arg(long)]
     phrasebook_only: bool,
     /// Rounds over all pairs, each in other forms
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 10)]
     rounds: u64,
     /// Epochs over all rounds
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 1)]
     epochs: u64,
     /// Examples of an optimizer step
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = 48)]
     batch: usize,
     /// Largest learning rate
     #[arg(long, default_value_t = 2e-3)]

@@ -71,6 +71,9 @@ pub(crate) fn native_forms(code: &str) -> &'static [&'static str] {
     }
 }
 
+/// Share of the pairs from frames that a round takes: a filled frame is learnt from its neighbours as well, so it needs
+/// to be shown less often than a sentence that stands alone.
+const FRAMED: f64 = 0.25;
 /// Share of sentences that are asked for in the language's own words.
 const NATIVE: f64 = 0.3;
 /// Share of pairs that are learnt back into English as well.
@@ -80,7 +83,7 @@ const FOREIGN_SHARE: f64 = 0.3;
 /// Share of prompts that are typed carelessly: in small letters, or without the mark at the end.
 const CARELESS: f64 = 0.1;
 
-/// JSON rows of prompt and completion. Each of `rounds` asks for every pair once, in another form.
+/// JSON rows of prompt and completion. Each of `rounds` asks for every pair at most once, in another form.
 pub(crate) fn rows(entries: &[Entry], rounds: u64, seed: u64) -> String {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let mut chance = move |share: f64| f64::from(random.next_u32()) < share * f64::from(u32::MAX);
@@ -96,6 +99,9 @@ pub(crate) fn rows(entries: &[Entry], rounds: u64, seed: u64) -> String {
         for entry in entries {
             let english = entry.english();
             for (code, name) in LANGUAGES {
+                if entry.frame.is_some() && !chance(FRAMED) {
+                    continue;
+                }
                 let native = native_forms(code);
                 let form = if chance(NATIVE) { native[pick(native.len())] } else { FORMS[pick(FORMS.len())] };
                 let mut sentence = english.to_owned();

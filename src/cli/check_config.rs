@@ -20,7 +20,7 @@ pub(super) fn run(settings: &Settings) -> anyhow::Result<()> {
     write!(out, "{}", settings.to_yaml())?;
     writeln!(out, "\n{training}")?;
     if settings.model.is_none() {
-        writeln!(out, "\n# No model is named: gurukul serve would stop here. Use --model.")?;
+        writeln!(out, "\n# No model is named: the demo model that this program carries is served.")?;
         return Ok(());
     }
     let folder = super::runtime()?.block_on(app::model_folder(settings))?;
