@@ -94,11 +94,17 @@ pub(super) mod x86 {
     use super::Left;
 
     macro_rules! by_rows {
-        ($m:expr, $tile:ident, $packed:literal, [$($rows:literal)*], $arguments:tt) => {
+        ($m:expr, $tile:ident, $($flag:literal,)+ [$($rows:literal)*], $arguments:tt) => {
+            by_rows!(@flags $m, $tile, ($($flag),+), [$($rows)*], $arguments)
+        };
+        (@flags $m:expr, $tile:ident, $flags:tt, [$($rows:literal)*], $arguments:tt) => {
             match $m {
-                $($rows => $tile::<$rows, $packed> $arguments,)*
+                $($rows => by_rows!(@call $tile, $rows, $flags, $arguments),)*
                 _ => unreachable!("a tile has that many rows"),
             }
+        };
+        (@call $tile:ident, $rows:literal, ($($flag:literal),+), $arguments:tt) => {
+            $tile::<$rows, $($flag),+> $arguments
         };
     }
 
@@ -188,20 +194,29 @@ pub(super) mod x86 {
                 unsafe {
                     let a = Left { at: a.at.add(i * a.row), ..a };
                     let (b, c) = (b.add(j), c.add(i * c_row + j));
-                    if a.is_packed() {
-                        by_rows!((m - i).min(6), tile_avx2, true, [1 2 3 4 5 6], ((n - j).min(16), k, a, b, b_row, c, c_row, add));
-                    } else {
-                        by_rows!((m - i).min(6), tile_avx2, false, [1 2 3 4 5 6], ((n - j).min(16), k, a, b, b_row, c, c_row, add));
+                    let rows = (m - i).min(6);
+                    match (n - j).min(16) {
+                        16 if a.is_packed() => {
+                            by_rows!(rows, tile_avx2, true, true, [1 2 3 4 5 6], (16, k, a, b, b_row, c, c_row, add));
+                        }
+                        n if a.is_packed() => {
+                            by_rows!(rows, tile_avx2, true, false, [1 2 3 4 5 6], (n, k, a, b, b_row, c, c_row, add));
+                        }
+                        n => {
+                            by_rows!(rows, tile_avx2, false, false, [1 2 3 4 5 6], (n, k, a, b, b_row, c, c_row, add));
+                        }
                     }
                 }
             }
         }
     }
 
+    /// With `WHOLE`, all 16 columns are there: the masks of columns that are not would take registers that the
+    /// twelve sums, the two halves of a row and the broadcast element leave none of.
     #[inline]
     #[target_feature(enable = "avx2,fma")]
     #[expect(clippy::too_many_arguments, reason = "as `tile`, taken apart")]
-    unsafe fn tile_avx2<const M: usize, const PACKED: bool>(
+    unsafe fn tile_avx2<const M: usize, const PACKED: bool, const WHOLE: bool>(
         n: usize,
         k: usize,
         a: Left,
@@ -220,8 +235,11 @@ pub(super) mod x86 {
         unsafe {
             for p in 0..k {
                 let row = b.add(p * b_row);
-                let b0 = _mm256_maskload_ps(row, low);
-                let b1 = _mm256_maskload_ps(row.wrapping_add(8), high);
+                let (b0, b1) = if WHOLE {
+                    (_mm256_loadu_ps(row), _mm256_loadu_ps(row.add(8)))
+                } else {
+                    (_mm256_maskload_ps(row, low), _mm256_maskload_ps(row.wrapping_add(8), high))
+                };
                 let x = a.at.add(p * a_step);
                 for i in 0..M {
                     let x = _mm256_broadcast_ss(&*x.add(i * a_row));
