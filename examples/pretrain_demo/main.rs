@@ -54,9 +54,9 @@ struct Arguments {
     /// Rounds over all pairs, each in other forms
     #[arg(long, default_value_t = 10)]
     rounds: u64,
-    /// Epochs over all rounds
-    #[arg(long, default_value_t = 1)]
-    epochs: u64,
+    /// Cycles over as many rounds each, the learning rate of each half that of the one before
+    #[arg(long, default_value_t = 2)]
+    cycles: u32,
     /// Examples of an optimizer step
     #[arg(long, default_value_t = 48)]
     batch: usize,
@@ -96,9 +96,8 @@ async fn run(arguments: Arguments) -> Result<()> {
         begin(&arguments, &model, &train)?;
     }
     let tokenizer = Arc::new(Tokenizer::from_dir(&model)?);
-    fs::write(arguments.out.join("train.jsonl"), records::rows(&train, arguments.rounds, arguments.seed))?;
     fs::write(arguments.out.join("heldout.jsonl"), records::rows(&held_out, 1, arguments.seed + 1))?;
-    teach(&arguments, &model, tokenizer).await
+    teach(&arguments, &model, tokenizer, &train).await
 }
 
 /// English sentences of the smoke prompts: they belong to neither part.
@@ -186,7 +185,7 @@ fn job(arguments: &Arguments, rows: &Path) -> TrainJob {
         source: SourceConfig::local(rows.to_string_lossy()),
         config: AdapterConfig {
             seed: arguments.seed,
-            epochs: arguments.epochs,
+            epochs: 1,
             max_samples: usize::MAX >> 12,
             shuffle_buffer: 1 << 17,
             eval_share: 0.0,
@@ -196,20 +195,61 @@ fn job(arguments: &Arguments, rows: &Path) -> TrainJob {
     }
 }
 
-/// Trains, saves every so often, and writes the finished weights in f16.
-async fn teach(arguments: &Arguments, model: &Path, tokenizer: Arc<Tokenizer>) -> Result<()> {
+/// Trains, saves every so often, and writes the finished weights in f16. The learning rate restarts with each cycle
+/// (Loshchilov and Hutter 2017).
+async fn teach(
+    arguments: &Arguments,
+    model: &Path,
+    tokenizer: Arc<Tokenizer>,
+    train: &[Entry],
+) -> Result<()> {
     let adamw = AdamW { beta1: 0.9, beta2: 0.98, eps: 1e-8, weight_decay: 0.05 };
     let mut trainer = FullTrainer::open(model, adamw)?;
-    let state = arguments.out.join("state");
     let held_out = held_out(arguments, tokenizer.clone()).await?;
-    let (job, eos) = (job(arguments, &arguments.out.join("train.jsonl")), [1]);
-    let mut data = match trainer.restore(&state)? {
+    println!("{} parameters", trainer.parameter_count());
+    let begun = (0..arguments.cycles).rev().find(|&number| state(arguments, number).is_dir());
+    for number in begun.unwrap_or(0)..arguments.cycles {
+        cycle(arguments, number, &mut trainer, tokenizer.clone(), train, &held_out).await?;
+    }
+    println!("loss of held-out sentences {:.4}", score(&trainer, &held_out)?);
+    let finished = arguments.out.join("finished");
+    fs::create_dir_all(&finished)?;
+    for name in ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(model.join(name), finished.join(name))?;
+    }
+    trainer.export(&finished, DType::F16)?;
+    println!("the model is in {}", finished.display());
+    Ok(())
+}
+
+/// Where a cycle that has begun keeps its state.
+fn state(arguments: &Arguments, number: u32) -> PathBuf {
+    arguments.out.join(format!("state-{number}"))
+}
+
+/// One cycle, from where it was left if it had begun.
+async fn cycle(
+    arguments: &Arguments,
+    number: u32,
+    trainer: &mut FullTrainer,
+    tokenizer: Arc<Tokenizer>,
+    train: &[Entry],
+    held_out: &[TrainBatch],
+) -> Result<()> {
+    let rows = arguments.out.join("train.jsonl");
+    // Each cycle asks in other forms than the one before.
+    fs::write(&rows, records::rows(train, arguments.rounds, arguments.seed + 1000 * u64::from(number)))?;
+    let (job, eos) = (job(arguments, &rows), [1]);
+    let state_now = state(arguments, number);
+    let mut data = match trainer.restore(&state_now)?.filter(|beside| !beside.is_empty()) {
         None => Dataset::open(&job, tokenizer, &eos).await?,
         Some(saved) => Dataset::restore(&job, tokenizer, &eos, &mut saved.as_slice())?,
     };
-    let total = (data.planned_examples().examples * arguments.epochs).div_ceil(arguments.batch as u64);
-    let schedule = Schedule { kind: Scheduler::Cosine, peak: arguments.learning_rate, warmup_ratio: 0.03 };
-    println!("{} parameters, {total} steps, {} done", trainer.parameter_count(), trainer.steps());
+    let total = data.planned_examples().examples.div_ceil(arguments.batch as u64);
+    let peak = arguments.learning_rate * 0.5_f64.powi(number as i32);
+    let schedule = Schedule { kind: Scheduler::Cosine, peak, warmup_ratio: 0.03 };
+    let mut done = data.counters().examples.div_ceil(arguments.batch as u64);
+    println!("cycle {number}: {total} steps, {done} done");
     let (mut began, mut tokens, mut sums) = (Instant::now(), 0, (0.0, 0.0));
     loop {
         let batch = data.next_batch(arguments.batch).await?;
@@ -221,34 +261,27 @@ async fn teach(arguments: &Arguments, model: &Path, tokenizer: Arc<Tokenizer>) -
             tokens += report.tokens;
             sums = (sums.0 + report.loss_sum, sums.1 + report.weight_sum);
         }
-        let learning_rate = schedule.at(trainer.steps(), total);
+        let learning_rate = schedule.at(done, total);
         let step = trainer.optim_step(StepParameters { learning_rate, max_grad_norm: 1.0 })?;
-        if step.steps % 20 == 0 {
+        done += 1;
+        if done % 20 == 0 {
             let rate = tokens as f64 / began.elapsed().as_secs_f64();
+            let loss = sums.0 / sums.1;
             println!(
-                "step {} of {total}: loss {:.4}, gradient {:.3}, {rate:.0} tokens/s",
-                step.steps,
-                sums.0 / sums.1,
+                "step {done} of {total}: loss {loss:.4}, gradient {:.3}, {rate:.0} tokens/s",
                 step.grad_norm
             );
             (began, tokens, sums) = (Instant::now(), 0, (0.0, 0.0));
         }
-        if step.steps % SAVE_STEPS == 0 {
-            println!("step {}: loss of held-out sentences {:.4}", step.steps, score(&trainer, &held_out)?);
+        if done % SAVE_STEPS == 0 {
+            println!("step {done}: loss of held-out sentences {:.4}", score(trainer, held_out)?);
             let mut beside = Vec::new();
             data.save(&mut beside)?;
-            trainer.save(&state, &beside)?;
+            trainer.save(&state_now, &beside)?;
         }
     }
-    println!("loss of held-out sentences {:.4}", score(&trainer, &held_out)?);
-    let finished = arguments.out.join("finished");
-    fs::create_dir_all(&finished)?;
-    for name in ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"] {
-        fs::copy(model.join(name), finished.join(name))?;
-    }
-    trainer.export(&finished, DType::F16)?;
-    println!("the model is in {}", finished.display());
-    Ok(())
+    // What the next cycle begins with; after the last one, what a run with more cycles would.
+    trainer.save(&state(arguments, number + 1), &[])
 }
 
 /// A step's examples in [`PASSES`] parts of about as many tokens each.

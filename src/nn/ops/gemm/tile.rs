@@ -93,18 +93,16 @@ pub(super) mod x86 {
 
     use super::Left;
 
+    /// Calls a tile that is compiled for each number of rows.
     macro_rules! by_rows {
-        ($m:expr, $tile:ident, $($flag:literal,)+ [$($rows:literal)*], $arguments:tt) => {
-            by_rows!(@flags $m, $tile, ($($flag),+), [$($rows)*], $arguments)
-        };
-        (@flags $m:expr, $tile:ident, $flags:tt, [$($rows:literal)*], $arguments:tt) => {
+        ($m:expr, [$($rows:literal)*], $M:ident => $call:expr) => {
             match $m {
-                $($rows => by_rows!(@call $tile, $rows, $flags, $arguments),)*
+                $($rows => {
+                    const $M: usize = $rows;
+                    $call
+                })*
                 _ => unreachable!("a tile has that many rows"),
             }
-        };
-        (@call $tile:ident, $rows:literal, ($($flag:literal),+), $arguments:tt) => {
-            $tile::<$rows, $($flag),+> $arguments
         };
     }
 
@@ -121,9 +119,9 @@ pub(super) mod x86 {
         // SAFETY: the promise of `tile`.
         unsafe {
             if a.is_packed() {
-                by_rows!(m, tile_avx512, true, [1 2 3 4 5 6 7 8 9 10 11 12], (n, k, a, b, b_row, c, c_row, add));
+                by_rows!(m, [1 2 3 4 5 6 7 8 9 10 11 12], M => tile_avx512::<M, true>(n, k, a, b, b_row, c, c_row, add));
             } else {
-                by_rows!(m, tile_avx512, false, [1 2 3 4 5 6 7 8 9 10 11 12], (n, k, a, b, b_row, c, c_row, add));
+                by_rows!(m, [1 2 3 4 5 6 7 8 9 10 11 12], M => tile_avx512::<M, false>(n, k, a, b, b_row, c, c_row, add));
             }
         }
     }
@@ -197,13 +195,13 @@ pub(super) mod x86 {
                     let rows = (m - i).min(6);
                     match (n - j).min(16) {
                         16 if a.is_packed() => {
-                            by_rows!(rows, tile_avx2, true, true, [1 2 3 4 5 6], (16, k, a, b, b_row, c, c_row, add));
+                            by_rows!(rows, [1 2 3 4 5 6], M => tile_avx2::<M, true, true>(16, k, a, b, b_row, c, c_row, add));
                         }
                         n if a.is_packed() => {
-                            by_rows!(rows, tile_avx2, true, false, [1 2 3 4 5 6], (n, k, a, b, b_row, c, c_row, add));
+                            by_rows!(rows, [1 2 3 4 5 6], M => tile_avx2::<M, true, false>(n, k, a, b, b_row, c, c_row, add));
                         }
                         n => {
-                            by_rows!(rows, tile_avx2, false, false, [1 2 3 4 5 6], (n, k, a, b, b_row, c, c_row, add));
+                            by_rows!(rows, [1 2 3 4 5 6], M => tile_avx2::<M, false, false>(n, k, a, b, b_row, c, c_row, add));
                         }
                     }
                 }
