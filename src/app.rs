@@ -16,16 +16,20 @@ use tokio::net::TcpListener;
 
 use crate::adapters::Registry;
 use crate::config::Settings;
+use crate::config::rl_sinks::SinksConfig;
 use crate::data::hub::{self, Progress};
 use crate::engine::EngineHandle;
 use crate::http::{self, AppState, HttpSettings};
 use crate::jobs::{self, Jobs};
 use crate::metrics;
 use crate::model::tokenizer::Tokenizer;
+use crate::rl::outbox::{Outbox, Patience};
 use crate::train::Context;
 
 /// How long running requests and jobs may go on after the signal to stop. A second signal ends them at once.
 const GRACE: Duration = Duration::from_secs(30);
+/// How long uploads that are on their way may go on then: they begin anew at the next start.
+const UPLOAD_GRACE: Duration = Duration::from_secs(5);
 
 /// Marks, in an error's chain, what went wrong before anything ran: settings, model, port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -90,6 +94,7 @@ pub struct App {
     engine: EngineHandle,
     adapters: Arc<Registry>,
     jobs: Jobs,
+    uploads: Outbox,
 }
 
 impl App {
@@ -110,6 +115,10 @@ impl App {
             model_id: model_id.clone(),
             jobs_dir: jobs.dir(),
         });
+        let uploads =
+            Outbox::open(&settings.data_dir, jobs.promises(), SinksConfig::default(), Patience::default());
+        let uploads = uploads.await.context(CannotStart)?;
+        uploads.start();
         jobs.start(training::kinds(training.clone())).await.context(CannotStart)?;
         let http = HttpSettings {
             max_body_bytes: settings.max_body_bytes,
@@ -126,12 +135,13 @@ impl App {
             tokenizer,
             adapters: adapters.clone(),
             jobs: jobs.clone(),
+            uploads: uploads.clone(),
             training,
             settings: Arc::new(http),
             prometheus,
             started: Instant::now(),
         });
-        Ok(Self { listener, address, router, engine, adapters, jobs })
+        Ok(Self { listener, address, router, engine, adapters, jobs, uploads })
     }
 
     /// A handle to the engine, for its shutdown after the runtime's.
@@ -177,7 +187,7 @@ impl App {
         let mut server = std::pin::pin!(server.into_future());
         let again = tokio::select! {
             outcome = &mut server => {
-                self.jobs.shutdown(GRACE).await;
+                tokio::join!(self.jobs.shutdown(GRACE), self.uploads.shutdown(UPLOAD_GRACE));
                 self.jobs.close().await;
                 return outcome.context("the listener failed");
             }
@@ -187,7 +197,8 @@ impl App {
         tracing::info!(running, grace_s = GRACE.as_secs(), "stopping; running requests may end, jobs pause");
         drop(stopping);
         // Together: whoever follows a job's events is told that they end, and lets go of the server.
-        let end = async { tokio::join!(server, self.jobs.shutdown(GRACE)).0 };
+        let ends = (self.jobs.shutdown(GRACE), self.uploads.shutdown(UPLOAD_GRACE));
+        let end = async { tokio::join!(server, ends.0, ends.1).0 };
         let outcome = tokio::select! {
             outcome = end => outcome.context("the listener failed"),
             () = tokio::time::sleep(GRACE) => {
@@ -199,7 +210,8 @@ impl App {
                 Ok(())
             }
         };
-        // Jobs that were cut go on from their last checkpoints.
+        // Jobs that were cut go on from their last checkpoints, uploads from their beginning.
+        self.uploads.shutdown(Duration::ZERO).await;
         self.jobs.shutdown(Duration::ZERO).await;
         self.jobs.close().await;
         outcome

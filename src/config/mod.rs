@@ -5,6 +5,7 @@ pub mod adapter;
 pub mod connectors;
 mod named;
 pub mod origin;
+pub mod rl_sinks;
 pub mod server;
 pub mod size;
 

@@ -15,6 +15,7 @@ use crate::engine::EngineError;
 use crate::jobs::JobsError;
 use crate::model::chat_template::ChatTemplateError;
 use crate::model::tokenizer::TokenizerError;
+use crate::rl::outbox::OutboxError;
 use crate::train::TrainError;
 
 /// Seconds after which a client may come back where nothing better is known.
@@ -248,6 +249,12 @@ impl From<JobsError> for ApiError {
             JobsError::FileInUse { .. } => {
                 Self::new(StatusCode::CONFLICT, "file_in_use", message).param("file_id")
             }
+            JobsError::PromiseNotFound { .. } => {
+                Self::not_found("upload_not_found", message).param("upload_id")
+            }
+            JobsError::NotRefused { .. } => {
+                Self::new(StatusCode::CONFLICT, "upload_state", message).param("upload_id")
+            }
             JobsError::Store(reason) => {
                 tracing::error!(%reason, "the job store failed");
                 Self::unavailable(
@@ -256,6 +263,30 @@ impl From<JobsError> for ApiError {
                 )
             }
             JobsError::Stopping => Self::unavailable("shutting_down", message),
+        }
+    }
+}
+
+impl From<OutboxError> for ApiError {
+    fn from(error: OutboxError) -> Self {
+        match error {
+            OutboxError::Store(error) => error.into(),
+            OutboxError::Empty => Self::invalid("upload", "has no content"),
+            OutboxError::Seal { source, .. } => {
+                tracing::error!(reason = %source, "an upload cannot be sealed");
+                let message = format!(
+                    "the upload cannot be kept until it is sent: {source}; the server's data folder must be writable \
+                     and have room"
+                );
+                Self {
+                    status: StatusCode::INSUFFICIENT_STORAGE,
+                    kind: ErrorType::ServerError,
+                    message,
+                    param: None,
+                    code: "storage_full",
+                    retry_after_s: Some(DEFAULT_RETRY_AFTER_S),
+                }
+            }
         }
     }
 }

@@ -10,6 +10,7 @@ use crate::adapters;
 use crate::engine::EngineHandle;
 use crate::jobs::Jobs;
 use crate::model::tokenizer::Tokenizer;
+use crate::rl::outbox::Outbox;
 use crate::train;
 
 /// State of the routes.
@@ -23,6 +24,8 @@ pub struct AppState {
     pub adapters: Arc<adapters::Registry>,
     /// Training jobs.
     pub jobs: Jobs,
+    /// Uploads of episodes.
+    pub uploads: Outbox,
     /// What training jobs work with, to check one before it is accepted.
     pub training: Arc<train::Context>,
     /// Resolved settings of this surface.

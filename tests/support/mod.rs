@@ -7,12 +7,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gurukul::adapters::Registry;
+use gurukul::config::rl_sinks::SinksConfig;
 use gurukul::engine::{EngineConfig, EngineHandle};
 use gurukul::http::{AppState, HttpSettings, TRAIN_KIND, router};
 use gurukul::jobs::{self, Jobs, Work};
 use gurukul::model::load::{DeviceChoice, DtypeChoice};
 use gurukul::model::tokenizer::Tokenizer;
 use gurukul::nn::quant::Quantization;
+use gurukul::rl::outbox::{Outbox, Patience};
 use gurukul::train::Context;
 use serde_json::Value;
 
@@ -90,6 +92,9 @@ impl Server {
         let jobs = Jobs::open(jobs).await.expect("the store can be opened");
         let kinds = training.map(|work| BTreeMap::from([(TRAIN_KIND, work)])).unwrap_or_default();
         jobs.start(kinds).await.expect("the store can be read");
+        let uploads = Outbox::open(data.path(), jobs.promises(), SinksConfig::default(), Patience::default());
+        let uploads = uploads.await.expect("the outbox can be opened");
+        uploads.start();
         let training = Context {
             engine: engine.clone(),
             tokenizer: tokenizer.clone(),
@@ -108,6 +113,7 @@ impl Server {
             engine,
             tokenizer,
             jobs,
+            uploads,
             training: Arc::new(training),
             settings: Arc::new(settings),
             prometheus: gurukul::metrics::install().expect("metrics can be recorded"),
@@ -152,6 +158,7 @@ impl Server {
     /// Ends the server as the program does, and gives its data folder back.
     pub(crate) async fn stop(self) -> Arc<tempfile::TempDir> {
         let (jobs, data) = (self.state.jobs.clone(), self.data.clone());
+        self.state.uploads.shutdown(Duration::from_secs(20)).await;
         jobs.shutdown(Duration::from_secs(20)).await;
         drop(self);
         jobs.close().await;
