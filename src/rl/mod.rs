@@ -1,0 +1,8 @@
+//! Episodes: answers that were collected, rewarded and logged, and what is learnt from them. `reward` says what an
+//! answer earns, `episode` is the stored line, `log` keeps the lines. Nothing here knows HTTP or touches a tensor.
+
+pub mod episode;
+pub mod reward;
+
+pub use episode::{Episode, EpisodeMeta, EpisodeSource, SCHEMA, SamplingMeta, check_run_id};
+pub use reward::{Reward, RewardError, Rewarder, Sample};
