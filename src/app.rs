@@ -16,7 +16,7 @@ use tokio::net::TcpListener;
 
 use crate::adapters::Registry;
 use crate::config::Settings;
-use crate::config::rl_sinks::SinksConfig;
+use crate::config::rl::RlConfig;
 use crate::data::hub::{self, Progress};
 use crate::engine::EngineHandle;
 use crate::http::{self, AppState, HttpSettings};
@@ -115,8 +115,8 @@ impl App {
             model_id: model_id.clone(),
             jobs_dir: jobs.dir(),
         });
-        let uploads =
-            Outbox::open(&settings.data_dir, jobs.promises(), SinksConfig::default(), Patience::default());
+        let sinks = RlConfig::load(&settings.configs_dir, None).context(CannotStart)?.sinks;
+        let uploads = Outbox::open(&settings.data_dir, jobs.promises(), sinks, Patience::default());
         let uploads = uploads.await.context(CannotStart)?;
         uploads.start();
         jobs.start(training::kinds(training.clone())).await.context(CannotStart)?;

@@ -23,7 +23,10 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("main", &["cli"]),
     (
         "cli",
-        &["app", "config", "adapters", "data", "engine", "jobs", "metrics", "model", "nn", "rl", "text", "train"],
+        &[
+            "app", "config", "adapters", "data", "engine", "jobs", "metrics", "model", "nn", "rl", "text",
+            "train",
+        ],
     ),
     ("app", &["http", "config", "adapters", "data", "engine", "jobs", "metrics", "model", "rl", "train"]),
     ("http", &["adapters", "config", "data", "engine", "jobs", "metrics", "model", "rl", "text", "train"]),
@@ -31,7 +34,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("train", &["adapters", "config", "data", "engine", "metrics", "model", "nn", "text"]),
     ("jobs", &["metrics"]),
     // Settings resolve to the types of what they set.
-    ("config", &["data", "engine", "model", "nn"]),
+    ("config", &["data", "engine", "model", "nn", "text"]),
     ("adapters", &["engine", "metrics", "model", "nn"]),
     ("engine", &["metrics", "model", "nn"]),
     ("model", &["nn"]),

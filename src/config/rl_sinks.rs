@@ -21,9 +21,9 @@ const OWN_HEADERS: [&str; 3] = ["content-type", "idempotency-key", "if-none-matc
 #[serde(transparent)]
 pub struct SinksConfig {
     sinks: Named<SinkConfig>,
-    /// The key `default_sink` of the file.
+    /// A section of its own.
     #[serde(skip)]
-    pub(super) default_sink: Option<String>,
+    default_sink: Option<String>,
 }
 
 /// A place for uploads.
@@ -292,6 +292,11 @@ fn is_variable(text: &str) -> bool {
 }
 
 impl SinksConfig {
+    /// The same sinks, of which the one of this name is meant where none is named.
+    pub(super) fn with_default(self, default_sink: Option<String>) -> Self {
+        Self { default_sink, ..self }
+    }
+
     /// Checks every sink, and that the default one is there.
     ///
     /// # Errors

@@ -1,4 +1,11 @@
-//! Reinforcement learning: episodes and what becomes of them.
+//! Episodes: answers that were collected, rewarded and logged, and what is learnt from them. `reward` says what an
+//! answer earns, `episode` is the stored line, `log` keeps the lines,
+//! `outbox` sends them elsewhere, to the places in `sink`. Nothing here knows HTTP or touches a tensor.
 
+pub mod episode;
 pub mod outbox;
+pub mod reward;
 mod sink;
+
+pub use episode::{Episode, EpisodeMeta, EpisodeSource, SCHEMA, SamplingMeta, check_run_id};
+pub use reward::{Reward, RewardError, Rewarder, Sample};
