@@ -252,7 +252,9 @@ impl S3Sink {
         {
             return Err("region must be a name such as eu-central-1".into());
         }
-        self.endpoint_url.as_deref().map_or(Ok(()), |url| check_url(url).map_err(|e| format!("endpoint_url: {e}")))
+        self.endpoint_url
+            .as_deref()
+            .map_or(Ok(()), |url| check_url(url).map_err(|e| format!("endpoint_url: {e}")))
     }
 }
 
@@ -305,10 +307,12 @@ impl SinksConfig {
         for (name, sink) in self.sinks.iter() {
             let field = format!("sinks.{}", name.chars().take(80).collect::<String>().escape_debug());
             if !is_name(name) {
-                let message = "is no name for a sink; use at most 64 letters, digits, '.', '-' and '_'".into();
+                let message =
+                    "is no name for a sink; use at most 64 letters, digits, '.', '-' and '_'".into();
                 return Err(FieldError { field, message });
             }
-            sink.check().map_err(|message| FieldError { field, message: format!("cannot be used: {message}") })?;
+            sink.check()
+                .map_err(|message| FieldError { field, message: format!("cannot be used: {message}") })?;
         }
         match &self.default_sink {
             Some(name) => self.named("default_sink", name).map(drop),
@@ -334,7 +338,10 @@ impl SinksConfig {
             }),
             None => Err(FieldError {
                 field: "sink".into(),
-                message: format!("must be named, as there are several: {}; or set default_sink", self.listed()),
+                message: format!(
+                    "must be named, as there are several: {}; or set default_sink",
+                    self.listed()
+                ),
             }),
         }
     }
@@ -385,8 +392,11 @@ impl SinksConfig {
     fn named(&self, field: &str, name: &str) -> Result<Destination, FieldError> {
         let Some(sink) = self.sink(name) else {
             let shown: String = name.chars().take(80).collect();
-            let message =
-                format!("is '{}', which is no sink of rl_config.yaml; it has {}", shown.escape_debug(), self.listed());
+            let message = format!(
+                "is '{}', which is no sink of rl_config.yaml; it has {}",
+                shown.escape_debug(),
+                self.listed()
+            );
             return Err(FieldError { field: field.to_owned(), message });
         };
         Ok(Destination { name: name.to_owned(), sink: sink.clone(), is_ad_hoc: false })

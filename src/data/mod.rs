@@ -16,8 +16,8 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-pub(crate) use self::source::{check_header, check_url};
 pub use self::source::{FIELD_NAMES, Format, Location, SourceConfig, Template};
+pub(crate) use self::source::{check_header, check_url};
 pub use self::stream::{BadRows, Cursor, RecordStream};
 
 /// One record: a row, an object, a line of text.

@@ -143,7 +143,9 @@ mod tests {
             ("/v1/chat/completions", "post"),
         ] {
             let operation = &document["paths"][path][method];
-            let accepts = ["/adapter/train-lite", "/adapter/resume/{job_id}", "/rl/uploads/{upload_id}/retry"].contains(&path);
+            let accepts =
+                ["/adapter/train-lite", "/adapter/resume/{job_id}", "/rl/uploads/{upload_id}/retry"]
+                    .contains(&path);
             let good = if accepts { "202" } else { "200" };
             assert!(operation["responses"][good].is_object(), "{method} {path}");
             if operation["tags"][0] == "generate" || path.ends_with("completions") {

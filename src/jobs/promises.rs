@@ -263,8 +263,7 @@ impl Promises {
         let select = "SELECT * FROM uploads WHERE (?1 IS NULL OR state = ?1)
                 AND (?2 IS NULL OR number < (SELECT number FROM uploads WHERE id = ?2))
             ORDER BY number DESC LIMIT ?3";
-        let select =
-            sqlx::query(select).bind(state.map(PromiseState::as_str)).bind(before).bind(limit);
+        let select = sqlx::query(select).bind(state.map(PromiseState::as_str)).bind(before).bind(limit);
         select.fetch_all(&self.store.pool).await?.iter().map(promise).collect()
     }
 
@@ -273,7 +272,8 @@ impl Promises {
     /// # Errors
     /// The store failed.
     pub async fn counts(&self) -> Result<PromiseCounts, JobsError> {
-        let select = "SELECT state, COUNT(*) AS promises, MIN(created_ms) AS oldest FROM uploads GROUP BY state";
+        let select =
+            "SELECT state, COUNT(*) AS promises, MIN(created_ms) AS oldest FROM uploads GROUP BY state";
         let mut counts = PromiseCounts::default();
         for row in sqlx::query(select).fetch_all(&self.store.pool).await? {
             let promises = unsigned(row.try_get("promises")?);

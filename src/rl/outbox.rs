@@ -19,10 +19,9 @@ use tokio::sync::{Notify, RwLock, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use super::sink::Sink;
 use crate::adapters::sync_folder;
 use crate::config::adapter::FieldError;
-use crate::config::rl_sinks::{Destination, KeyFacts, SinkConfig, SinksConfig};
+use crate::config::rl_sinks::{Destination, KeyFacts, SinksConfig};
 use crate::jobs::{JobsError, NewPromise, Promise, PromiseCounts, PromiseState, Promises, rfc3339};
 
 /// Before the name of a file that is being sealed.
@@ -270,7 +269,7 @@ impl Outbox {
 
 impl Shared {
     async fn promise(
-        self: Arc<Self>,
+        &self,
         to: Destination,
         run_id: String,
         content: Content,

@@ -135,11 +135,11 @@ where
     type Future = Pin<Box<dyn Future<Output = io::Result<Response>> + Send>>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.0.poll_ready(context).map_err(|never| match never {})
+        <Router as Service<R>>::poll_ready(&mut self.0, context).map_err(|never| match never {})
     }
 
     fn call(&mut self, request: R) -> Self::Future {
-        let answer = self.0.call(request);
+        let answer = <Router as Service<R>>::call(&mut self.0, request);
         Box::pin(async move {
             let response = answer.await.unwrap_or_else(|never| match never {});
             match response.extensions().get::<Cut>() {

@@ -61,7 +61,6 @@ pub(crate) async fn client(access: &S3Access) -> Result<aws_sdk_s3::Client, Stri
     if shared.region().is_none() {
         return Err("no region is known; set region here, or AWS_REGION in the environment".into());
     }
-    let config =
-        aws_sdk_s3::config::Builder::from(&shared).force_path_style(access.force_path_style).build();
+    let config = aws_sdk_s3::config::Builder::from(&shared).force_path_style(access.force_path_style).build();
     Ok(aws_sdk_s3::Client::from_conf(config))
 }

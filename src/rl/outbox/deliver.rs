@@ -10,10 +10,11 @@ use tokio::sync::OnceCell;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::{Shared, Sink, SinkConfig, facts, now_ms};
+use super::{Shared, facts, now_ms};
+use crate::config::rl_sinks::SinkConfig;
 use crate::jobs::{JobsError, Promise};
 use crate::metrics;
-use crate::rl::sink::{Parcel, Refusal};
+use crate::rl::sink::{Parcel, Refusal, Sink};
 
 /// How long to wait before the store is asked again after it failed.
 const STORE_RETRY: Duration = Duration::from_secs(1);
@@ -98,8 +99,9 @@ async fn begin(
         }
         let limit = u32::try_from(shared.patience.at_once * 2).unwrap_or(u32::MAX);
         let promises = shared.promises.next(&sink, limit).await?;
-        let promises = promises.into_iter().filter(|promise| !lane.under_way.contains(&promise.id));
-        for promise in promises.take(free) {
+        let others: Vec<Promise> =
+            promises.into_iter().filter(|promise| !lane.under_way.contains(&promise.id)).take(free).collect();
+        for promise in others {
             let early_ms = promise.next_ms - now_ms();
             if early_ms > 0 {
                 sooner(Duration::from_millis(early_ms.unsigned_abs()));
@@ -154,13 +156,24 @@ async fn deliver(shared: Arc<Shared>, to: Result<Opening, Refusal>, promise: Pro
     let recorded = match outcome {
         Ok(()) => shared.promises.delivered(upload).await,
         Err(Refusal::Final(reason)) => {
-            tracing::error!(upload, sink, reason, "an upload was refused; it is kept, and tried again when asked");
+            tracing::error!(
+                upload,
+                sink,
+                reason,
+                "an upload was refused; it is kept, and tried again when asked"
+            );
             shared.promises.refused(upload, &reason).await
         }
         Err(Refusal::Passing { reason, wait }) => {
             metrics::upload_retried();
             let wait = wait.unwrap_or_default().max(shared.backoff(promise.attempts));
-            tracing::debug!(upload, sink, reason, wait_s = wait.as_secs_f64(), "an upload will be tried again");
+            tracing::debug!(
+                upload,
+                sink,
+                reason,
+                wait_s = wait.as_secs_f64(),
+                "an upload will be tried again"
+            );
             let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
             shared.promises.deferred(upload, &reason, wait_ms).await
         }

@@ -38,7 +38,8 @@ fn put(root: &Path, parcel: &Parcel) -> Result<(), Refusal> {
         return Err(Refusal::passing(format!("{root} is no folder that is there; mount or make it")));
     }
     let target = root.join(&parcel.key);
-    let refused = |error: io::Error| Refusal::passing(format!("{} cannot be written: {error}", target.display()));
+    let refused =
+        |error: io::Error| Refusal::passing(format!("{} cannot be written: {error}", target.display()));
     if target.symlink_metadata().is_ok() {
         return compare(parcel, &target);
     }
@@ -75,7 +76,9 @@ fn write(content: &mut File, part: &Path, bytes: u64) -> io::Result<()> {
 /// Gives the file its name, unless another has it.
 fn name(part: &Path, target: &Path) -> io::Result<()> {
     match fs::hard_link(part, target) {
-        Err(error) if matches!(error.kind(), io::ErrorKind::Unsupported | io::ErrorKind::PermissionDenied) => {
+        Err(error)
+            if matches!(error.kind(), io::ErrorKind::Unsupported | io::ErrorKind::PermissionDenied) =>
+        {
             // Some file systems know no links. Then only this process is kept from writing over a file.
             match target.symlink_metadata() {
                 Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),

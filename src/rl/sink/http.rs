@@ -93,5 +93,7 @@ impl Http {
 fn parse(address: &str) -> Result<Url, Refusal> {
     let url = Url::parse(address.trim()).ok().filter(|url| matches!(url.scheme(), "http" | "https"));
     // What stands there instead may be secret too.
-    url.ok_or_else(|| Refusal::Final("the variable of url_env holds no http or https address; correct it".into()))
+    url.ok_or_else(|| {
+        Refusal::Final("the variable of url_env holds no http or https address; correct it".into())
+    })
 }

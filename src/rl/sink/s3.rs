@@ -87,7 +87,8 @@ impl S3 {
             .metadata(HASH, parcel.sha256())
             .checksum_algorithm(ChecksumAlgorithm::Crc32C);
         let created = create.send().await.map_err(|error| self.unmade(error))?;
-        let upload = created.upload_id().ok_or_else(|| Refusal::passing("the server began no upload in parts"))?;
+        let upload =
+            created.upload_id().ok_or_else(|| Refusal::passing("the server began no upload in parts"))?;
         let made = self.put_parts(parcel, upload).await;
         if made.is_err() {
             // What was begun would be kept, and paid for, without an end. Where this fails, the bucket's own rule for
@@ -95,7 +96,11 @@ impl S3 {
             let abort = self.client.abort_multipart_upload().bucket(&self.bucket).key(&parcel.key);
             if let Err(error) = abort.upload_id(upload).send().await {
                 let reason = DisplayErrorContext(&error).to_string();
-                tracing::debug!(key = parcel.key, reason, "the parts of an upload that failed may still be there");
+                tracing::debug!(
+                    key = parcel.key,
+                    reason,
+                    "the parts of an upload that failed may still be there"
+                );
             }
         }
         made
@@ -170,9 +175,11 @@ impl S3 {
             // No answer: no connection, a cut one, a slow server, no credentials. All may change.
             let reason = DisplayErrorContext(&error).to_string();
             let reason = match reason.to_ascii_lowercase().contains("credential") {
-                true => "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or any of \
+                true => {
+                    "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or any of \
                          the ways that AWS' own programs know"
-                    .into(),
+                        .into()
+                }
                 false => format!("no answer: {}", reason.chars().take(400).collect::<String>()),
             };
             return Refusal::passing(reason).into();

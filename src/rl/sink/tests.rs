@@ -122,7 +122,11 @@ async fn objects_arrive_once_whatever_fails() {
         attempts += until_there(&sink, &mut parcel).await;
         assert_eq!(bucket.object(&parcel.key).unwrap(), line(i));
     }
-    assert!(bucket.server.failed() > 5 && attempts > 65, "{attempts} attempts, {} failures", bucket.server.failed());
+    assert!(
+        bucket.server.failed() > 5 && attempts > 65,
+        "{attempts} attempts, {} failures",
+        bucket.server.failed()
+    );
     let there = std::fs::read_dir(bucket.root.path().join(BUCKET).join("rl/run-1")).unwrap().count();
     assert_eq!(there, 60);
 }
@@ -131,7 +135,8 @@ async fn objects_arrive_once_whatever_fails() {
 async fn large_objects_go_in_parts_and_leave_none_behind() {
     let bucket = Bucket::start(0).await;
     let sink = bucket.sink();
-    let content: Vec<u8> = (0..17 * (1 << 20)).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let content: Vec<u8> =
+        (0..17 * (1 << 20)).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     let mut parcel = parcel(bucket.sealed.path(), &content, "{sha256}");
     sink.put(&parcel).await.unwrap();
     assert!(bucket.object(&parcel.key).unwrap() == content);
@@ -144,7 +149,8 @@ async fn large_objects_go_in_parts_and_leave_none_behind() {
     // A request of three failed: 60 % of them would keep their parts, if nobody took them away.
     bucket.server.set_failing(0);
     let parts = |name: &std::ffi::OsStr| name.to_string_lossy().contains("part");
-    let left = std::fs::read_dir(bucket.root.path()).unwrap().filter(|e| parts(&e.as_ref().unwrap().file_name()));
+    let left =
+        std::fs::read_dir(bucket.root.path()).unwrap().filter(|e| parts(&e.as_ref().unwrap().file_name()));
     let left = left.count();
     assert!(left <= bucket.server.failed() as usize * 3, "{left} parts are left over");
 }
@@ -155,7 +161,9 @@ async fn another_object_under_the_key_stays() {
     let first = parcel(bucket.sealed.path(), b"first\n", "runs/today.jsonl");
     bucket.sink().put(&first).await.unwrap();
     let second = parcel(bucket.sealed.path(), b"other\n", "runs/today.jsonl");
-    let Refusal::Final(reason) = refused(&bucket.sink(), &second).await else { panic!("nothing changes that") };
+    let Refusal::Final(reason) = refused(&bucket.sink(), &second).await else {
+        panic!("nothing changes that")
+    };
     assert_names(&reason, &[BUCKET, "runs/today.jsonl", "another object", "key"]);
     assert_eq!(bucket.object("runs/today.jsonl").unwrap(), b"first\n");
     assert!(bucket.sink().put(&first).await.is_ok(), "the same content is there already");
@@ -200,7 +208,13 @@ async fn what_s3_refuses_says_what_to_do() {
 /// What a server was given: address or idempotency key to content.
 type Stored = Arc<Mutex<BTreeMap<String, Bytes>>>;
 
-async fn store(State(stored): State<Stored>, method: Method, uri: Uri, headers: HeaderMap, body: Bytes) -> Response {
+async fn store(
+    State(stored): State<Stored>,
+    method: Method,
+    uri: Uri,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
     let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let sha256 = hex(ring::digest::digest(&ring::digest::SHA256, &body).as_ref());
     if header("content-length") != body.len().to_string() || header("idempotency-key") != sha256 {
@@ -211,7 +225,9 @@ async fn store(State(stored): State<Stored>, method: Method, uri: Uri, headers: 
     }
     let mut stored = stored.lock().unwrap();
     let (key, taken) = match method {
-        Method::PUT if header("if-none-match") == "*" => (uri.path().to_owned(), StatusCode::PRECONDITION_FAILED),
+        Method::PUT if header("if-none-match") == "*" => {
+            (uri.path().to_owned(), StatusCode::PRECONDITION_FAILED)
+        }
         Method::POST => (sha256, StatusCode::CONFLICT),
         _ => return StatusCode::BAD_REQUEST.into_response(),
     };
@@ -276,7 +292,8 @@ async fn what_an_address_refuses_says_what_to_do() {
         }
     }
     // An address for one object, as a signed one is: what is there may be ours only if an earlier attempt got through.
-    let server = Flaky::serve(Router::new().fallback(|| async { StatusCode::PRECONDITION_FAILED }), 0, 0).await;
+    let server =
+        Flaky::serve(Router::new().fallback(|| async { StatusCode::PRECONDITION_FAILED }), 0, 0).await;
     let sink = http_sink(&format!("url: '{}/one'", server.endpoint));
     let Refusal::Final(reason) = refused(&sink, &parcel).await else { panic!("it is not known to be there") };
     assert_names(&reason, &["412", "something is there"]);
@@ -320,7 +337,10 @@ async fn a_folder_that_is_not_there_is_not_made() {
     let parcel = parcel(sealed.path(), b"x\n", "{sha256}.jsonl");
     let root = nas.path().join("mounted");
     let refusal = refused(&folder_sink(&root), &parcel).await;
-    assert!(matches!(&refusal, Refusal::Passing { reason, .. } if reason.contains("mount or make it")), "{refusal}");
+    assert!(
+        matches!(&refusal, Refusal::Passing { reason, .. } if reason.contains("mount or make it")),
+        "{refusal}"
+    );
     assert!(!root.exists());
     std::fs::create_dir(&root).unwrap();
     // In the place of a folder on the way.
