@@ -3,8 +3,9 @@
 use aws_sdk_s3::Client;
 use aws_sdk_s3::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::primitives::ByteStream;
+use aws_sdk_s3::primitives::event_stream::HttpResponse;
 use aws_sdk_s3::types::{ChecksumAlgorithm, CompletedMultipartUpload, CompletedPart};
-use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
+
 use tokio::io::AsyncReadExt as _;
 
 use super::{Parcel, Refusal, unreadable};
