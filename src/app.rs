@@ -1,6 +1,7 @@
 //! Builds everything once, in order (listener, jobs, model folder, tokenizer, engine, adapters, routes), and takes it
 //! down in order. What each part does is known to the part.
 
+mod collecting;
 mod demo;
 mod training;
 
@@ -16,12 +17,15 @@ use tokio::net::TcpListener;
 
 use crate::adapters::Registry;
 use crate::config::Settings;
+use crate::config::rl::{self, RlConfig};
 use crate::data::hub::{self, Progress};
 use crate::engine::EngineHandle;
 use crate::http::{self, AppState, HttpSettings};
 use crate::jobs::{self, Jobs};
 use crate::metrics;
 use crate::model::tokenizer::Tokenizer;
+use crate::rl::log::FOLDER;
+use crate::rl::{Collector, EpisodeLog};
 use crate::train::Context;
 
 /// How long running requests and jobs may go on after the signal to stop. A second signal ends them at once.
@@ -33,6 +37,7 @@ const GRACE: Duration = Duration::from_secs(30);
 pub struct CannotStart;
 
 /// A model that answers, without HTTP.
+#[derive(Clone)]
 pub struct Loaded {
     /// The engine.
     pub engine: EngineHandle,
@@ -82,6 +87,31 @@ pub async fn load(settings: &Settings) -> anyhow::Result<Loaded> {
     Ok(Loaded { engine, tokenizer, adapters, model_id })
 }
 
+/// What `rl_config.yaml` of the settings' configs folder says.
+///
+/// # Errors
+/// It cannot be used. The chain holds [`CannotStart`].
+pub fn rl_config(settings: &Settings) -> anyhow::Result<RlConfig> {
+    RlConfig::load(&settings.configs_dir, None)
+        .with_context(|| format!("{}", settings.configs_dir.join(rl::FILE_NAME).display()))
+        .context(CannotStart)
+}
+
+/// Collects episodes into the data folder's log, whose torn lines are repaired. The caller holds the folder's lock.
+///
+/// # Errors
+/// A log that cannot be opened, or a reward that cannot be had. The chain holds [`CannotStart`].
+pub fn collector(settings: &Settings, config: Arc<RlConfig>, loaded: &Loaded) -> anyhow::Result<Collector> {
+    let folder = settings.data_dir.join(FOLDER);
+    let open = || {
+        let log = EpisodeLog::open(&folder, config.log.max_file_bytes()?)
+            .with_context(|| format!("the log of episodes {}", folder.display()))?;
+        let Loaded { engine, tokenizer, adapters, model_id } = loaded.clone();
+        Ok(Collector::new(engine, tokenizer, adapters, model_id, config, log)?)
+    };
+    open().context(CannotStart)
+}
+
 /// The server, ready to answer.
 pub struct App {
     listener: TcpListener,
@@ -101,8 +131,11 @@ impl App {
         // Before the model, because it fails at once where loading a model takes minutes. Whoever connects meanwhile waits.
         let listener = listen(SocketAddr::new(settings.host, settings.port)).await.context(CannotStart)?;
         let address = listener.local_addr().context("the listener has no address").context(CannotStart)?;
+        let rl = Arc::new(rl_config(settings)?);
         let jobs = open_jobs(settings).await.context(CannotStart)?;
-        let Loaded { engine, tokenizer, adapters, model_id } = load(settings).await?;
+        let loaded = load(settings).await?;
+        let collector = collector(settings, rl, &loaded)?;
+        let Loaded { engine, tokenizer, adapters, model_id } = loaded;
         let training = Arc::new(Context {
             engine: engine.clone(),
             tokenizer: tokenizer.clone(),
@@ -110,7 +143,7 @@ impl App {
             model_id: model_id.clone(),
             jobs_dir: jobs.dir(),
         });
-        jobs.start(training::kinds(training.clone())).await.context(CannotStart)?;
+        jobs.start(training::kinds(training.clone(), collector.clone())).await.context(CannotStart)?;
         let http = HttpSettings {
             max_body_bytes: settings.max_body_bytes,
             max_prompt_bytes: settings.max_prompt_bytes,
@@ -127,6 +160,7 @@ impl App {
             adapters: adapters.clone(),
             jobs: jobs.clone(),
             training,
+            collector,
             settings: Arc::new(http),
             prometheus,
             started: Instant::now(),

@@ -15,6 +15,7 @@ use crate::engine::EngineError;
 use crate::jobs::JobsError;
 use crate::model::chat_template::ChatTemplateError;
 use crate::model::tokenizer::TokenizerError;
+use crate::rl::{CollectError, LogError};
 use crate::train::TrainError;
 
 /// Seconds after which a client may come back where nothing better is known.
@@ -105,6 +106,18 @@ impl ApiError {
             message: "the server failed; its log has the reason beside this answer's x-request-id".into(),
             param: None,
             code: "internal_error",
+            retry_after_s: None,
+        }
+    }
+
+    /// 507: the disk is full, and nothing of the request was stored.
+    fn storage_full(message: String) -> Self {
+        Self {
+            status: StatusCode::INSUFFICIENT_STORAGE,
+            kind: ErrorType::ServiceUnavailableError,
+            message,
+            param: None,
+            code: "storage_full",
             retry_after_s: None,
         }
     }
@@ -260,6 +273,24 @@ impl From<JobsError> for ApiError {
     }
 }
 
+impl From<CollectError> for ApiError {
+    fn from(error: CollectError) -> Self {
+        match error {
+            CollectError::Field(error) => error.into(),
+            CollectError::Adapter(error) => error.into(),
+            CollectError::Engine(error) => error.into(),
+            CollectError::Tokenizer(error) => error.into(),
+            CollectError::Log(LogError::Name(invalid)) => Self::invalid("run_id", invalid),
+            // Whoever reads this has the disk's reason; the log was told it where it happened.
+            CollectError::Log(error @ LogError::Full(_)) => Self::storage_full(error.to_string()),
+            CollectError::Log(error @ LogError::Io(_)) => {
+                Self::unavailable("episode_log_failed", error.to_string())
+            }
+            CollectError::Read(_) => Self::internal(error),
+        }
+    }
+}
+
 impl From<TokenizerError> for ApiError {
     fn from(error: TokenizerError) -> Self {
         // Any text can be tokenized: a failure is the tokenizer's, not the client's.
@@ -325,6 +356,18 @@ mod tests {
         let secret = TrainError::Io { what: "/root/x".into(), source: std::io::Error::other("SECRET") };
         let body = serde_json::to_string(&ApiError::from(secret).body()).expect("the envelope is JSON");
         assert!(!body.contains("SECRET") && !body.contains("/root/x"), "{body}");
+    }
+
+    #[test]
+    fn a_full_disk_is_told_from_one_that_fails() {
+        let of = |error: LogError| {
+            let error = ApiError::from(CollectError::Log(error));
+            (error.status().as_u16(), error.code(), error.message.clone())
+        };
+        let (status, code, message) = of(LogError::Full("No space left on device".into()));
+        assert_eq!((status, code), (507, "storage_full"));
+        assert!(message.contains("make room"), "{message}");
+        assert_eq!(of(LogError::Io("Input/output error".into())).0, 503);
     }
 
     #[test]

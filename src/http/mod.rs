@@ -18,6 +18,7 @@ mod metrics;
 mod middleware;
 mod openai;
 mod openapi;
+mod rl_collect;
 mod sse;
 mod state;
 mod train;
@@ -30,6 +31,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 pub use error::{ApiError, ErrorBody, ErrorDetail, ErrorType};
+pub use rl_collect::COLLECT_KIND;
 pub use state::{AppState, GenerationDefaults, HttpSettings};
 pub use train::TRAIN_KIND;
 
@@ -57,6 +59,7 @@ fn table() -> OpenApiRouter<AppState> {
         .routes(routes!(job_events::events))
         .routes(routes!(jobs::cancel))
         .routes(routes!(jobs::resume))
+        .routes(routes!(rl_collect::collect))
         .routes(routes!(adapters::list))
         .routes(routes!(adapters::get, adapters::delete))
         .routes(routes!(health::health))
@@ -127,6 +130,7 @@ mod tests {
             ("/adapter/list", "get"),
             ("/adapter/{name}", "get"),
             ("/adapter/{name}", "delete"),
+            ("/rl/collect", "post"),
             ("/health", "get"),
             ("/metrics", "get"),
             ("/", "get"),
@@ -166,6 +170,7 @@ mod tests {
             ("/adapter/status/{job_id}", "get", &["404", "503"]),
             ("/adapter/cancel/{job_id}", "post", &["404", "409", "503"]),
             ("/adapter/resume/{job_id}", "post", &["404", "409", "503"]),
+            ("/rl/collect", "post", &["400", "404", "409", "413", "415", "422", "503", "507"]),
             ("/v1/files", "post", &["400", "413", "415", "503"]),
             ("/v1/files/{file_id}", "delete", &["404", "409"]),
             ("/v1/fine_tuning/jobs", "post", &["400", "404", "413", "415", "422", "503"]),

@@ -27,7 +27,7 @@ pub use files::{Files, Upload, UploadedFile};
 pub use history::{Event, EventCursor, LogLine, LogPage, Point};
 pub use lifecycle::{Counts, Job, JobFilter, JobState, NewJob};
 pub use runner::{JobHandle, Jobs, Settings, Watch};
-pub use store::{OpenError, Store};
+pub use store::{FolderLock, OpenError, Store};
 
 /// What is done for one kind of job. It continues by itself where an earlier run of the same job ended.
 pub type Work = Arc<dyn Fn(JobHandle) -> BoxFuture<'static, Outcome> + Send + Sync>;
@@ -84,9 +84,7 @@ pub enum JobsError {
         id: String,
     },
     /// Another job that is not through has the name.
-    #[error(
-        "the job {job} is making an adapter named {name:?} already; wait for it, cancel it, or choose another name"
-    )]
+    #[error("the job {job} is making {name:?} already; wait for it, cancel it, or choose another name")]
     NameTaken {
         /// The name.
         name: String,

@@ -94,8 +94,7 @@ const REMEDY_LOCKED: &str = "stop the other server, or name another --data-dir";
 /// The open database. Ends when it is dropped; what was committed stays.
 pub struct Store {
     pub(super) pool: SqlitePool,
-    /// Released by the system when the process ends in whatever way.
-    _lock: File,
+    _lock: FolderLock,
 }
 
 impl Store {
@@ -104,7 +103,7 @@ impl Store {
     /// # Errors
     /// A folder that cannot be written, a damaged file, one of a newer version, another process that uses it.
     pub async fn open(data_dir: &Path) -> Result<Self, OpenError> {
-        let lock = lock(&data_dir.join(LOCK))?;
+        let lock = FolderLock::take(data_dir)?;
         let path = data_dir.join(DATABASE);
         let fault = |error: sqlx::Error| OpenError {
             path: path.clone(),
@@ -159,6 +158,22 @@ async fn migrate(pool: &SqlitePool, step: usize, statements: &'static str) -> Re
     // The only dynamic part is a number of our own, and a pragma takes no bound values.
     sqlx::raw_sql(sqlx::AssertSqlSafe(version)).execute(&mut *transaction).await?;
     transaction.commit().await
+}
+
+/// A data folder that no other process uses while this is held. Released by the system when the process ends in
+/// whatever way.
+pub struct FolderLock {
+    _file: File,
+}
+
+impl FolderLock {
+    /// Takes the folder, which must exist.
+    ///
+    /// # Errors
+    /// Another process has it, or it cannot be written.
+    pub fn take(data_dir: &Path) -> Result<Self, OpenError> {
+        lock(&data_dir.join(LOCK)).map(|_file| Self { _file })
+    }
 }
 
 fn lock(path: &Path) -> Result<File, OpenError> {
