@@ -17,7 +17,7 @@ use tokio::net::TcpListener;
 
 use crate::adapters::Registry;
 use crate::config::Settings;
-use crate::config::rl::{self, RlConfig};
+use crate::config::rl::{self, RlConfig, SinksConfig};
 use crate::data::hub::{self, Progress};
 use crate::engine::EngineHandle;
 use crate::http::{self, AppState, HttpSettings};
@@ -25,11 +25,14 @@ use crate::jobs::{self, Jobs};
 use crate::metrics;
 use crate::model::tokenizer::Tokenizer;
 use crate::rl::log::FOLDER;
+use crate::rl::outbox::{Outbox, Patience};
 use crate::rl::{Collector, EpisodeLog};
 use crate::train::Context;
 
 /// How long running requests and jobs may go on after the signal to stop. A second signal ends them at once.
 const GRACE: Duration = Duration::from_secs(30);
+/// How long uploads that are on their way may go on then: they begin anew at the next start.
+const UPLOAD_GRACE: Duration = Duration::from_secs(5);
 
 /// Marks, in an error's chain, what went wrong before anything ran: settings, model, port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -112,6 +115,15 @@ pub fn collector(settings: &Settings, config: Arc<RlConfig>, loaded: &Loaded) ->
     open().context(CannotStart)
 }
 
+/// The uploads that were promised, which go on once it is started.
+///
+/// # Errors
+/// A folder or a store that cannot be used. The chain holds [`CannotStart`].
+pub async fn outbox(settings: &Settings, jobs: &Jobs, sinks: SinksConfig) -> anyhow::Result<Outbox> {
+    let opened = Outbox::open(&settings.data_dir, jobs.promises(), sinks, Patience::default()).await;
+    opened.context(CannotStart)
+}
+
 /// The server, ready to answer.
 pub struct App {
     listener: TcpListener,
@@ -120,6 +132,7 @@ pub struct App {
     engine: EngineHandle,
     adapters: Arc<Registry>,
     jobs: Jobs,
+    uploads: Outbox,
 }
 
 impl App {
@@ -134,7 +147,7 @@ impl App {
         let rl = Arc::new(rl_config(settings)?);
         let jobs = open_jobs(settings).await.context(CannotStart)?;
         let loaded = load(settings).await?;
-        let collector = collector(settings, rl, &loaded)?;
+        let collector = collector(settings, rl.clone(), &loaded)?;
         let Loaded { engine, tokenizer, adapters, model_id } = loaded;
         let training = Arc::new(Context {
             engine: engine.clone(),
@@ -143,7 +156,10 @@ impl App {
             model_id: model_id.clone(),
             jobs_dir: jobs.dir(),
         });
-        jobs.start(training::kinds(training.clone(), collector.clone())).await.context(CannotStart)?;
+        let uploads = outbox(settings, &jobs, rl.sinks.clone()).await?;
+        uploads.start();
+        let kinds = training::kinds(training.clone(), collector.clone(), uploads.clone());
+        jobs.start(kinds).await.context(CannotStart)?;
         let http = HttpSettings {
             max_body_bytes: settings.max_body_bytes,
             max_prompt_bytes: settings.max_prompt_bytes,
@@ -159,13 +175,14 @@ impl App {
             tokenizer,
             adapters: adapters.clone(),
             jobs: jobs.clone(),
+            uploads: uploads.clone(),
             training,
             collector,
             settings: Arc::new(http),
             prometheus,
             started: Instant::now(),
         });
-        Ok(Self { listener, address, router, engine, adapters, jobs })
+        Ok(Self { listener, address, router, engine, adapters, jobs, uploads })
     }
 
     /// A handle to the engine, for its shutdown after the runtime's.
@@ -211,7 +228,7 @@ impl App {
         let mut server = std::pin::pin!(server.into_future());
         let again = tokio::select! {
             outcome = &mut server => {
-                self.jobs.shutdown(GRACE).await;
+                tokio::join!(self.jobs.shutdown(GRACE), self.uploads.shutdown(UPLOAD_GRACE));
                 self.jobs.close().await;
                 return outcome.context("the listener failed");
             }
@@ -221,7 +238,8 @@ impl App {
         tracing::info!(running, grace_s = GRACE.as_secs(), "stopping; running requests may end, jobs pause");
         drop(stopping);
         // Together: whoever follows a job's events is told that they end, and lets go of the server.
-        let end = async { tokio::join!(server, self.jobs.shutdown(GRACE)).0 };
+        let ends = (self.jobs.shutdown(GRACE), self.uploads.shutdown(UPLOAD_GRACE));
+        let end = async { tokio::join!(server, ends.0, ends.1).0 };
         let outcome = tokio::select! {
             outcome = end => outcome.context("the listener failed"),
             () = tokio::time::sleep(GRACE) => {
@@ -233,15 +251,19 @@ impl App {
                 Ok(())
             }
         };
-        // Jobs that were cut go on from their last checkpoints.
+        // Jobs that were cut go on from their last checkpoints, uploads from their beginning.
+        self.uploads.shutdown(Duration::ZERO).await;
         self.jobs.shutdown(Duration::ZERO).await;
         self.jobs.close().await;
         outcome
     }
 }
 
-/// The jobs of the data folder; none runs yet.
-async fn open_jobs(settings: &Settings) -> Result<Jobs, jobs::OpenError> {
+/// The jobs of the data folder, which is locked for as long as they are there; none runs yet.
+///
+/// # Errors
+/// A store that cannot be used, or another process that has the folder.
+pub async fn open_jobs(settings: &Settings) -> Result<Jobs, jobs::OpenError> {
     let settings = jobs::Settings {
         data_dir: settings.data_dir.clone(),
         max_parallel: settings.max_parallel_jobs,

@@ -41,6 +41,9 @@ const EPISODE_REWARD: &str = "gurukul_rl_reward";
 const EPISODE_REWARD_FAILED: &str = "gurukul_rl_reward_failures_total";
 const EPISODES_SYNCED: &str = "gurukul_rl_log_episodes_total";
 const LOG_SYNC: &str = "gurukul_rl_log_sync_seconds";
+const UPLOADS: &str = "gurukul_uploads";
+const UPLOAD_RETRIES: &str = "gurukul_upload_retries_total";
+const UPLOAD_OLDEST: &str = "gurukul_upload_oldest_pending_seconds";
 const UPTIME: &str = "gurukul_uptime_seconds";
 const RESIDENT_SET: &str = "process_resident_memory_bytes";
 const BUILD: &str = "gurukul_build_info";
@@ -124,6 +127,9 @@ fn describe() {
         Unit::Seconds,
         "Writing episodes to the log, fsync included; one for a group"
     );
+    describe_gauge!(UPLOADS, "Promised uploads that are remembered, by state");
+    describe_counter!(UPLOAD_RETRIES, "Attempts to upload that will be repeated");
+    describe_gauge!(UPLOAD_OLDEST, Unit::Seconds, "Age of the oldest upload that is not through");
     describe_gauge!(UPTIME, Unit::Seconds, "Time since the start");
     describe_gauge!(RESIDENT_SET, Unit::Bytes, "Bytes of the process in main memory");
     describe_gauge!(BUILD, "1, with the version as label");
@@ -253,6 +259,19 @@ pub fn jobs(by_state: [(&'static str, u64); 5]) {
     for (state, jobs) in by_state {
         gauge!(JOBS, "state" => state).set(jobs as f64);
     }
+}
+
+/// Shows how many promised uploads are in each state, and the age of the oldest that is not through.
+pub fn uploads(by_state: [(&'static str, u64); 3], oldest_pending_s: f64) {
+    for (state, uploads) in by_state {
+        gauge!(UPLOADS, "state" => state).set(uploads as f64);
+    }
+    gauge!(UPLOAD_OLDEST).set(oldest_pending_s);
+}
+
+/// An attempt to upload did not succeed and will be repeated.
+pub fn upload_retried() {
+    counter!(UPLOAD_RETRIES).increment(1);
 }
 
 /// A job that runs; what is not known yet is not shown.

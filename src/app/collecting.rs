@@ -11,13 +11,14 @@ use crate::engine::EngineError;
 use crate::jobs::{JobHandle, Level, Outcome};
 use crate::rl::collect::{Begin, Ending};
 use crate::rl::log::FOLDER;
+use crate::rl::outbox::{Content, Outbox};
 use crate::rl::{CollectError, CollectJob, Collector, Episode};
 use crate::train;
 
 /// How often figures go to the store: groups of short answers may come by the hundred a second.
 const REPORT: Duration = Duration::from_millis(500);
 
-pub(super) async fn collect(collector: Collector, handle: JobHandle) -> Outcome {
+pub(super) async fn collect(collector: Collector, uploads: Outbox, handle: JobHandle) -> Outcome {
     let job: CollectJob = match serde_json::from_value(handle.spec().clone()) {
         Ok(job) => job,
         Err(error) => {
@@ -38,9 +39,17 @@ pub(super) async fn collect(collector: Collector, handle: JobHandle) -> Outcome 
     };
     figures.report();
     match outcome {
-        Ok(Ending::Completed) => Outcome::Completed {
-            message: format!("{} episodes are in {FOLDER}/{}.jsonl", job.episodes, job.run_id),
-            result: json!({ "run_id": job.run_id, "episodes": job.episodes, "progress": figures.now() }),
+        Ok(Ending::Completed) => match promised(&collector, &uploads, handle.id(), &job).await {
+            Ok(upload) => Outcome::Completed {
+                message: format!("{} episodes are in {FOLDER}/{}.jsonl", job.episodes, job.run_id),
+                result: json!({
+                    "run_id": job.run_id, "episodes": job.episodes, "upload_id": upload, "progress": figures.now(),
+                }),
+            },
+            Err(reason) => {
+                handle.log(Level::Error, reason.clone());
+                Outcome::Failed(reason)
+            }
         },
         Ok(Ending::Cancelled { done }) => {
             Outcome::Cancelled(format!("cancelled; {done} of {} episodes are in the log", job.episodes))
@@ -52,6 +61,24 @@ pub(super) async fn collect(collector: Collector, handle: JobHandle) -> Outcome 
             Outcome::Failed(error.to_string())
         }
     }
+}
+
+/// Promises the upload of a job's episodes, where it was asked for; the upload's id. A job that comes here again after
+/// a crash promises the same content under the same key.
+async fn promised(
+    collector: &Collector,
+    uploads: &Outbox,
+    id: &str,
+    job: &CollectJob,
+) -> Result<Option<String>, String> {
+    let Some(sink) = &job.upload else { return Ok(None) };
+    let why = |error: &dyn std::error::Error| {
+        format!("every episode is in the log, but not uploaded: {error}; resume the job to try again")
+    };
+    let to = uploads.destination(Some(sink)).map_err(|error| why(&error))?;
+    let lines = collector.lines(id, &job.run_id).await.map_err(|error| why(&error))?;
+    let promise = uploads.promise(&to, &job.run_id, Content::Lines(lines));
+    promise.await.map(Some).map_err(|error| why(&error))
 }
 
 /// What a job reports of its episodes.

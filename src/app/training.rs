@@ -12,12 +12,18 @@ use crate::engine::EngineError;
 use crate::http::{COLLECT_KIND, TRAIN_KIND};
 use crate::jobs::{self, JobHandle, Level, Outcome, Work};
 use crate::rl::Collector;
+use crate::rl::outbox::Outbox;
 use crate::train::{self, Context, Ending, Progress, Reporter, TrainError, TrainJob};
 
 /// The work for each kind of job.
-pub(super) fn kinds(context: Arc<Context>, collector: Collector) -> BTreeMap<&'static str, Work> {
+pub(super) fn kinds(
+    context: Arc<Context>,
+    collector: Collector,
+    uploads: Outbox,
+) -> BTreeMap<&'static str, Work> {
     let train: Work = Arc::new(move |handle| train_one(context.clone(), handle).boxed());
-    let collect: Work = Arc::new(move |handle| collecting::collect(collector.clone(), handle).boxed());
+    let collect: Work =
+        Arc::new(move |handle| collecting::collect(collector.clone(), uploads.clone(), handle).boxed());
     BTreeMap::from([(TRAIN_KIND, train), (COLLECT_KIND, collect)])
 }
 

@@ -1,9 +1,9 @@
 //! `gurukul collect`: prompts answered, rewarded and logged in this process, without a server. The log is the data
 //! folder's, so the folder must not be in use by a server, which has `POST /rl/collect`.
 
-use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -13,11 +13,17 @@ use super::episodes::summary::Summary;
 use crate::app::{self, CannotStart};
 use crate::config::Settings;
 use crate::config::adapter::FieldError;
-use crate::config::rl::PromptConfig;
-use crate::jobs::FolderLock;
+use crate::config::rl::{PromptConfig, SinksConfig};
+use crate::config::rl_sinks::Destination;
+use crate::jobs::{Promise, PromiseState};
 use crate::rl::collect::{Begin, Ending};
+use crate::rl::episode::lines;
+use crate::rl::outbox::{Content, Outbox};
 use crate::rl::{CollectJob, Collector, Episode, Wanted};
 use crate::train::Stop;
+
+/// How long to wait for an upload before it is left to the next start.
+const UPLOAD_WAIT: Duration = Duration::from_secs(60);
 
 /// What is collected, and how.
 #[derive(Debug, Clone, clap::Args)]
@@ -70,6 +76,15 @@ pub(super) struct Args {
     /// Text that ends an answer; may be given several times
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
+    /// Upload the episodes to this sink of configs/rl_config.yaml; without a name to the one it has for that
+    #[arg(long, value_name = "SINK", num_args = 0..=1, default_missing_value = "")]
+    upload: Option<String>,
+    /// Upload the episodes to this bucket
+    #[arg(long, value_name = "BUCKET", conflicts_with = "upload")]
+    s3_bucket: Option<String>,
+    /// What they are called there, with placeholders as {run_id} and {date}
+    #[arg(long, value_name = "KEY", requires = "s3_bucket")]
+    s3_key: Option<String>,
 }
 
 impl Args {
@@ -94,7 +109,19 @@ impl Args {
             seed: self.seed,
             stop: self.stop.clone(),
             logprobs: self.logprobs,
+            upload: None,
         })
+    }
+
+    /// Where the episodes are to be uploaded to.
+    fn destination(&self, sinks: &SinksConfig) -> anyhow::Result<Option<Destination>> {
+        if let Some(bucket) = &self.s3_bucket {
+            let to = sinks.s3_destination(bucket, self.s3_key.as_deref());
+            return to.map(Some).map_err(|error| anyhow!("{error}"));
+        }
+        let Some(name) = &self.upload else { return Ok(None) };
+        let to = sinks.destination(Some(name.as_str()).filter(|name| !name.is_empty()));
+        to.map(Some).map_err(|error| anyhow!("--upload: the {error}"))
     }
 }
 
@@ -123,32 +150,90 @@ fn of_flag(FieldError { field, message }: FieldError) -> anyhow::Error {
 
 pub(super) fn run(args: &Args, settings: &Settings) -> anyhow::Result<()> {
     let config = Arc::new(app::rl_config(settings)?);
-    let resolve = || CollectJob::resolve(args.wanted()?, &config).map_err(of_flag);
-    let job = resolve().context(CannotStart)?;
-    let lock = FolderLock::take(&settings.data_dir)
+    let resolve = || {
+        let job = CollectJob::resolve(args.wanted()?, &config).map_err(of_flag)?;
+        Ok((job, args.destination(&config.sinks)?))
+    };
+    let (job, to) = resolve().context(CannotStart)?;
+    let runtime = super::runtime()?;
+    // Holds the folder's lock.
+    let jobs = runtime
+        .block_on(app::open_jobs(settings))
         .context("gurukul collect has the data folder for itself; a running server has POST /rl/collect")
         .context(CannotStart)?;
-    let runtime = super::runtime()?;
+    let uploads = match &to {
+        Some(_) => Some(runtime.block_on(app::outbox(settings, &jobs, config.sinks.clone()))?),
+        None => None,
+    };
     let loaded = runtime.block_on(app::load(settings))?;
     let collector = app::collector(settings, config, &loaded)?;
-    let outcome = runtime.block_on(collect(args, &collector, &job));
+    let outcome = runtime.block_on(async {
+        let collected = collect(args, &collector, &job).await?;
+        if let (Some(uploads), Some(to)) = (&uploads, &to) {
+            upload(uploads, to, &job.run_id, &collected.episodes).await?;
+        }
+        match collected.ending {
+            Ending::Completed => Ok(()),
+            Ending::Cancelled { .. } | Ending::Paused => bail!(
+                "stopped before all of the {} episodes were collected; those above are in the log",
+                job.episodes
+            ),
+        }
+    });
     drop(collector);
     loaded.engine.shutdown();
-    drop(lock);
+    runtime.block_on(jobs.close());
     outcome
 }
 
-async fn collect(args: &Args, collector: &Collector, job: &CollectJob) -> anyhow::Result<()> {
+/// Promises the upload, and waits a while for it and for those that were promised before.
+async fn upload(
+    uploads: &Outbox,
+    to: &Destination,
+    run_id: &str,
+    episodes: &[Episode],
+) -> anyhow::Result<()> {
+    if episodes.is_empty() {
+        return Ok(());
+    }
+    let id = uploads.promise(to, run_id, Content::Lines(lines(episodes))).await?;
+    uploads.start();
+    uploads.settle(UPLOAD_WAIT).await?;
+    let promise = uploads.get(&id).await?;
+    uploads.shutdown(Duration::ZERO).await;
+    let state = match promise.state {
+        PromiseState::Done => "done".to_owned(),
+        PromiseState::Failed => bail!("the upload to {} was refused: {}", to.name, reason(&promise)),
+        PromiseState::Pending => format!(
+            "not through yet ({}); it goes on when gurukul serve, or collect with an upload, runs next",
+            reason(&promise)
+        ),
+    };
+    super::print(&format!("upload {} to {}: {state}\n", promise.key, to.name))
+}
+
+fn reason(promise: &Promise) -> &str {
+    promise.error.as_deref().unwrap_or("no attempt has ended")
+}
+
+/// What came of it.
+struct Collected {
+    ending: Ending,
+    /// Kept where they are wanted again.
+    episodes: Vec<Episode>,
+}
+
+async fn collect(args: &Args, collector: &Collector, job: &CollectJob) -> anyhow::Result<Collected> {
     collector.check(job).await.context(CannotStart)?;
     let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {per_sec}, {eta} left{msg}");
     let bar =
         ProgressBar::new(job.episodes).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     let mut summary = Summary::default();
-    // What --out wants again.
+    let keeps = args.out.is_some() || args.upload.is_some() || args.s3_bucket.is_some();
     let mut kept: Vec<Episode> = Vec::new();
     let mut logged = |done, group: &[Episode]| {
         group.iter().for_each(|episode| summary.add(language(episode), episode));
-        if args.out.is_some() {
+        if keeps {
             kept.extend_from_slice(group);
         }
         bar.set_position(done);
@@ -166,27 +251,13 @@ async fn collect(args: &Args, collector: &Collector, job: &CollectJob) -> anyhow
     drop(stop);
     bar.finish_and_clear();
     let path = collector.log().dir().join(format!("{}.jsonl", job.run_id));
-    let cut = match ending.with_context(|| format!("run {}", job.run_id))? {
-        Ending::Completed => false,
-        Ending::Cancelled { .. } | Ending::Paused => true,
-    };
-    super::print(&format!(
-        "run {}: {} episodes in {}\n\n{}",
-        job.run_id,
-        summary.total().episodes(),
-        path.display(),
-        summary.table("language")
-    ))?;
+    let ending = ending.with_context(|| format!("run {}", job.run_id))?;
+    let (total, table) = (summary.total().episodes(), summary.table("language"));
+    super::print(&format!("run {}: {total} episodes in {}\n\n{table}", job.run_id, path.display()))?;
     if let Some(out) = &args.out {
-        super::stream_report(out, |file| super::episodes::write_lines(file, &kept))?;
+        super::stream_report(out, |file| Ok(file.write_all(&lines(&kept))?))?;
     }
-    if cut {
-        bail!(
-            "stopped before all of the {} episodes were collected; those above are in the log",
-            job.episodes
-        );
-    }
-    Ok(())
+    Ok(Collected { ending, episodes: kept })
 }
 
 fn language(episode: &Episode) -> String {

@@ -13,6 +13,7 @@ use self::summary::Summary;
 use crate::app::CannotStart;
 use crate::config::Settings;
 use crate::rl::Episode;
+use crate::rl::episode::lines;
 use crate::rl::log::{FOLDER, episodes, runs};
 use crate::text::Language;
 
@@ -147,7 +148,7 @@ fn stats(filter: &Filter, dir: &Path) -> anyhow::Result<()> {
 fn export(filter: &Filter, format: Format, dir: &Path, file: &mut dyn io::Write) -> anyhow::Result<()> {
     filter.each(dir, |episode| {
         match format {
-            Format::Jsonl => write_lines(file, std::slice::from_ref(&episode))?,
+            Format::Jsonl => file.write_all(&lines(std::slice::from_ref(&episode)))?,
             Format::Pairs => {
                 let pair = json!({ "prompt": episode.prompt, "completion": episode.output });
                 writeln!(file, "{pair}")?;
@@ -156,14 +157,6 @@ fn export(filter: &Filter, format: Format, dir: &Path, file: &mut dyn io::Write)
         Ok(())
     })?;
     Ok(file.flush()?)
-}
-
-/// Episodes as in the log.
-pub(super) fn write_lines(file: &mut dyn io::Write, episodes: &[Episode]) -> anyhow::Result<()> {
-    for episode in episodes {
-        writeln!(file, "{}", serde_json::to_string(episode)?)?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ use crate::engine::EngineError;
 use crate::jobs::JobsError;
 use crate::model::chat_template::ChatTemplateError;
 use crate::model::tokenizer::TokenizerError;
+use crate::rl::outbox::OutboxError;
 use crate::rl::{CollectError, LogError};
 use crate::train::TrainError;
 
@@ -261,6 +262,12 @@ impl From<JobsError> for ApiError {
             JobsError::FileInUse { .. } => {
                 Self::new(StatusCode::CONFLICT, "file_in_use", message).param("file_id")
             }
+            JobsError::PromiseNotFound { .. } => {
+                Self::not_found("upload_not_found", message).param("upload_id")
+            }
+            JobsError::NotRefused { .. } => {
+                Self::new(StatusCode::CONFLICT, "upload_state", message).param("upload_id")
+            }
             JobsError::Store(reason) => {
                 tracing::error!(%reason, "the job store failed");
                 Self::unavailable(
@@ -287,6 +294,23 @@ impl From<CollectError> for ApiError {
                 Self::unavailable("episode_log_failed", error.to_string())
             }
             CollectError::Read(_) => Self::internal(error),
+        }
+    }
+}
+
+impl From<OutboxError> for ApiError {
+    fn from(error: OutboxError) -> Self {
+        match error {
+            OutboxError::Store(error) => error.into(),
+            OutboxError::Empty => Self::invalid("upload", "has no content"),
+            OutboxError::Seal { source, .. } => {
+                tracing::error!(reason = %source, "an upload cannot be sealed");
+                let message = format!(
+                    "the upload cannot be kept until it is sent: {source}; the server's data folder must be writable \
+                     and have room"
+                );
+                Self::storage_full(message)
+            }
         }
     }
 }

@@ -19,6 +19,7 @@ mod middleware;
 mod openai;
 mod openapi;
 mod rl_collect;
+mod rl_uploads;
 mod sse;
 mod state;
 mod train;
@@ -60,6 +61,9 @@ fn table() -> OpenApiRouter<AppState> {
         .routes(routes!(jobs::cancel))
         .routes(routes!(jobs::resume))
         .routes(routes!(rl_collect::collect))
+        .routes(routes!(rl_uploads::list))
+        .routes(routes!(rl_uploads::get))
+        .routes(routes!(rl_uploads::retry))
         .routes(routes!(adapters::list))
         .routes(routes!(adapters::get, adapters::delete))
         .routes(routes!(health::health))
@@ -127,6 +131,9 @@ mod tests {
             ("/v1/fine_tuning/jobs/{fine_tuning_job_id}/cancel", "post"),
             ("/v1/fine_tuning/jobs/{fine_tuning_job_id}/events", "get"),
             ("/v1/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints", "get"),
+            ("/rl/uploads", "get"),
+            ("/rl/uploads/{upload_id}", "get"),
+            ("/rl/uploads/{upload_id}/retry", "post"),
             ("/adapter/list", "get"),
             ("/adapter/{name}", "get"),
             ("/adapter/{name}", "delete"),
@@ -140,7 +147,9 @@ mod tests {
             ("/v1/chat/completions", "post"),
         ] {
             let operation = &document["paths"][path][method];
-            let accepts = ["/adapter/train-lite", "/adapter/resume/{job_id}"].contains(&path);
+            let accepts =
+                ["/adapter/train-lite", "/adapter/resume/{job_id}", "/rl/uploads/{upload_id}/retry"]
+                    .contains(&path);
             let good = if accepts { "202" } else { "200" };
             assert!(operation["responses"][good].is_object(), "{method} {path}");
             if operation["tags"][0] == "generate" || path.ends_with("completions") {
@@ -171,6 +180,8 @@ mod tests {
             ("/adapter/cancel/{job_id}", "post", &["404", "409", "503"]),
             ("/adapter/resume/{job_id}", "post", &["404", "409", "503"]),
             ("/rl/collect", "post", &["400", "404", "409", "413", "415", "422", "503", "507"]),
+            ("/rl/uploads", "get", &["400", "404", "503"]),
+            ("/rl/uploads/{upload_id}/retry", "post", &["404", "409", "503"]),
             ("/v1/files", "post", &["400", "413", "415", "503"]),
             ("/v1/files/{file_id}", "delete", &["404", "409"]),
             ("/v1/fine_tuning/jobs", "post", &["400", "404", "413", "415", "422", "503"]),

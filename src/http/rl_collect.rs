@@ -1,29 +1,42 @@
 //! `POST /rl/collect`: logs an episode that a client brings, or answers prompts and logs what comes of it. Few episodes
 //! are collected before the answer goes out, many as a job.
 
+use std::fmt;
+
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use serde::{Deserialize, Serialize};
+use serde::de::Visitor;
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 use tokio::sync::watch;
-use utoipa::ToSchema;
+use utoipa::openapi::schema::{Object, OneOfBuilder, Type};
+use utoipa::openapi::{RefOr, Schema};
+use utoipa::{PartialSchema, ToSchema};
 
 use super::error::{ApiError, ErrorBody};
 use super::extract::ApiJson;
 use super::fields::{OneOrMany, stops};
 use super::generation::check_prompt_bytes;
 use super::state::AppState;
+use crate::config::adapter::FieldError;
 use crate::config::rl::PromptConfig;
+use crate::config::rl_sinks::Destination;
 use crate::jobs::{JobsError, NewJob};
 use crate::rl::collect::{Begin, Ending};
+use crate::rl::episode::lines;
 use crate::rl::given::{Given, GivenEpisode};
 use crate::rl::log::FOLDER;
+use crate::rl::outbox::{Content, OutboxError};
 use crate::rl::{CollectError, CollectJob, Episode, Wanted};
 use crate::train::Stop;
 
 /// The kind of job that collects episodes; what is stored with it is a [`CollectJob`].
 pub const COLLECT_KIND: &str = "collect";
+
+/// What an answer says of the upload.
+const NOT_UPLOADED: &str = "none";
+const QUEUED: &str = "queued";
 
 /// More episodes become a job.
 const MAX_AT_ONCE: u64 = 64;
@@ -82,6 +95,67 @@ pub(super) struct Collect {
     stop: Option<OneOrMany<String>>,
     /// Default false; true keeps token ids and log-probabilities, which learning from the log needs.
     logprobs: Option<bool>,
+    /// Upload the episodes of this request: true to the sink that the settings have for it, or the name of a sink.
+    upload: Option<Upload>,
+}
+
+/// `true`, `false`, or the name of a sink.
+#[derive(Debug)]
+enum Upload {
+    Flag(bool),
+    Sink(String),
+}
+
+impl<'de> Deserialize<'de> for Upload {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct UploadVisitor;
+        impl Visitor<'_> for UploadVisitor {
+            type Value = Upload;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("true, false or the name of a sink")
+            }
+            fn visit_bool<E>(self, flag: bool) -> Result<Upload, E> {
+                Ok(Upload::Flag(flag))
+            }
+            fn visit_str<E>(self, name: &str) -> Result<Upload, E> {
+                Ok(Upload::Sink(name.to_owned()))
+            }
+        }
+        deserializer.deserialize_any(UploadVisitor)
+    }
+}
+
+impl PartialSchema for Upload {
+    fn schema() -> RefOr<Schema> {
+        let null = Object::with_type(Type::Null);
+        OneOfBuilder::new().item(null).item(bool::schema()).item(String::schema()).into()
+    }
+}
+
+impl ToSchema for Upload {}
+
+/// The sink that is meant, if one is.
+fn destination(state: &AppState, upload: Option<&Upload>) -> Result<Option<Destination>, FieldError> {
+    let name = match upload {
+        None | Some(Upload::Flag(false)) => return Ok(None),
+        Some(Upload::Flag(true)) => None,
+        Some(Upload::Sink(name)) => Some(name.as_str()),
+    };
+    let to = state.uploads.destination(name);
+    to.map(Some).map_err(|error| FieldError { field: "upload".into(), message: error.message })
+}
+
+/// Promises the upload of logged episodes, as the log has them. What the answer says of it.
+async fn promise(
+    state: &AppState,
+    to: Option<&Destination>,
+    run_id: &str,
+    episodes: &[Episode],
+) -> Result<&'static str, OutboxError> {
+    let Some(to) = to else { return Ok(NOT_UPLOADED) };
+    let lines = lines(episodes);
+    state.uploads.promise(to, run_id, Content::Lines(lines)).await?;
+    Ok(QUEUED)
 }
 
 /// What was logged, or the job that will log it.
@@ -105,7 +179,7 @@ pub(super) struct Collected {
     /// The log, below the data folder.
     #[schema(example = "rl_runs/hindi-1.jsonl")]
     output_path: String,
-    /// `none`
+    /// `none`, or `queued`: it arrives, whatever happens to the server. A job's is queued when all are collected.
     #[schema(example = "none")]
     upload: &'static str,
 }
@@ -120,7 +194,7 @@ impl Collected {
             episode_ids: Vec::new(),
             rewards: Vec::new(),
             job_id: None,
-            upload: "none",
+            upload: NOT_UPLOADED,
         }
     }
 }
@@ -156,7 +230,9 @@ pub(super) async fn collect(
         return Ok((StatusCode::OK, Json(given(&state, request).await?)));
     }
     let one_prompt = request.prompts.is_none() && request.prompt.is_some();
-    let outcome = generated(&state, wanted(&state, request)?).await;
+    let to = destination(&state, request.upload.as_ref())?;
+    let wanted = Wanted { upload: to.as_ref().map(|to| to.name.clone()), ..wanted(&state, request)? };
+    let outcome = generated(&state, wanted, to.as_ref()).await;
     outcome.map_err(|error| match one_prompt {
         // Whoever gives one prompt knows no list of them.
         true => ApiError::from(in_words_of_one(error)),
@@ -166,6 +242,7 @@ pub(super) async fn collect(
 
 async fn given(state: &AppState, request: Collect) -> Result<Collected, ApiError> {
     only_with("output is given", &generating(&request))?;
+    let to = destination(state, request.upload.as_ref())?;
     let Collect { prompt, output, reward, meta, run_id, env_name, .. } = request;
     let missing = || {
         let message = "prompt is required beside output";
@@ -176,7 +253,9 @@ async fn given(state: &AppState, request: Collect) -> Result<Collected, ApiError
     let given = Given { prompt, output: output.unwrap_or_default(), reward, meta, run_id, env_name };
     let GivenEpisode { run_id, episode } = given.resolve(state.collector.config())?;
     let episode = state.collector.given(&run_id, episode).await?;
+    let upload = promise(state, to.as_ref(), &run_id, std::slice::from_ref(&episode)).await?;
     Ok(Collected {
+        upload,
         episode_id: Some(episode.episode_id.clone()),
         episode_ids: vec![episode.episode_id],
         rewards: vec![episode.reward],
@@ -245,6 +324,7 @@ fn wanted(state: &AppState, request: Collect) -> Result<Wanted, ApiError> {
         seed: request.seed,
         stop: stops(request.stop)?,
         logprobs: request.logprobs.unwrap_or(false),
+        upload: None,
     })
 }
 
@@ -252,6 +332,7 @@ fn wanted(state: &AppState, request: Collect) -> Result<Wanted, ApiError> {
 enum Refused {
     Collect(CollectError),
     Jobs(JobsError),
+    Upload(OutboxError),
 }
 
 impl From<Refused> for ApiError {
@@ -262,6 +343,7 @@ impl From<Refused> for ApiError {
                 Self::new(StatusCode::CONFLICT, "run_id_in_use", error.to_string()).param("run_id")
             }
             Refused::Jobs(error) => error.into(),
+            Refused::Upload(error) => error.into(),
         }
     }
 }
@@ -275,7 +357,11 @@ fn in_words_of_one(mut refused: Refused) -> Refused {
     refused
 }
 
-async fn generated(state: &AppState, wanted: Wanted) -> Result<(StatusCode, Json<Collected>), Refused> {
+async fn generated(
+    state: &AppState,
+    wanted: Wanted,
+    to: Option<&Destination>,
+) -> Result<(StatusCode, Json<Collected>), Refused> {
     let collect = Refused::Collect;
     let job = CollectJob::resolve(wanted, state.collector.config()).map_err(|error| collect(error.into()))?;
     state.collector.check(&job).await.map_err(collect)?;
@@ -293,7 +379,9 @@ async fn generated(state: &AppState, wanted: Wanted) -> Result<(StatusCode, Json
     let number =
         |episode: &Episode| episode.episode_id.rsplit('-').next().and_then(|n| n.parse::<u64>().ok());
     all.sort_by_key(number);
+    let upload = promise(state, to, &job.run_id, &all).await.map_err(Refused::Upload)?;
     let collected = Collected {
+        upload,
         rewards: all.iter().map(|episode| episode.reward).collect(),
         episode_ids: all.into_iter().map(|episode| episode.episode_id).collect(),
         ..Collected::new("completed", &job.run_id)
@@ -312,7 +400,8 @@ async fn accept(state: &AppState, job: &CollectJob) -> Result<Collected, JobsErr
         file: None,
     };
     let accepted = state.jobs.submit(new).await?;
-    Ok(Collected { job_id: Some(accepted.id), ..Collected::new("pending", &job.run_id) })
+    let upload = if job.upload.is_some() { QUEUED } else { NOT_UPLOADED };
+    Ok(Collected { job_id: Some(accepted.id), upload, ..Collected::new("pending", &job.run_id) })
 }
 
 #[cfg(test)]

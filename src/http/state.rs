@@ -11,6 +11,7 @@ use crate::engine::EngineHandle;
 use crate::jobs::Jobs;
 use crate::model::tokenizer::Tokenizer;
 use crate::rl::Collector;
+use crate::rl::outbox::Outbox;
 use crate::train;
 
 /// State of the routes.
@@ -24,6 +25,8 @@ pub struct AppState {
     pub adapters: Arc<adapters::Registry>,
     /// Training jobs.
     pub jobs: Jobs,
+    /// Uploads of episodes.
+    pub uploads: Outbox,
     /// What training jobs work with, to check one before it is accepted.
     pub training: Arc<train::Context>,
     /// Collects and logs episodes.

@@ -230,6 +230,14 @@ impl Collector {
             .ok_or_else(|| LogError::Io("the log kept the episode".into()).into())
     }
 
+    /// The lines of a job's episodes as the log has them.
+    ///
+    /// # Errors
+    /// The log cannot be read.
+    pub async fn lines(&self, id: &str, run_id: &str) -> Result<Vec<u8>, CollectError> {
+        Ok(self.look(id, run_id, |_, line| line.to_vec()).await?.concat())
+    }
+
     async fn adapter(&self, job: &CollectJob) -> Result<Option<AdapterHandle>, AdapterError> {
         match &job.adapter {
             Some(name) => self.parts.adapters.acquire(name).await.map(Some),
@@ -243,16 +251,29 @@ impl Collector {
 
     /// Which episodes of a job the log has.
     async fn already(&self, id: &str, run_id: &str) -> Result<BTreeSet<u64>, CollectError> {
+        Ok(self.look(id, run_id, |index, _| index).await?.into_iter().collect())
+    }
+
+    /// Goes through a run's log, and takes something of each of a job's episodes: of its number and its line.
+    async fn look<T: Send + 'static>(
+        &self,
+        id: &str,
+        run_id: &str,
+        mut take: impl FnMut(u64, &[u8]) -> T + Send + 'static,
+    ) -> Result<Vec<T>, CollectError> {
         let (dir, run, prefix) = (self.parts.log.dir().to_owned(), run_id.to_owned(), format!("{id}-"));
         let look = move || {
-            let known = episodes(&dir, &run)?.filter_map(|episode| match episode {
-                Ok(episode) => episode.episode_id.strip_prefix(&prefix)?.parse().ok(),
-                Err(error) => {
-                    tracing::warn!(%error, "a line of the log is passed over");
-                    None
+            let mut found = Vec::new();
+            let mut of_run = episodes(&dir, &run)?;
+            while let Some(episode) = of_run.next() {
+                let number = episode.map(|episode| episode.episode_id.strip_prefix(&prefix)?.parse().ok());
+                match number {
+                    Ok(Some(number)) => found.push(take(number, of_run.line())),
+                    Ok(None) => {}
+                    Err(error) => tracing::warn!(%error, "a line of the log is passed over"),
                 }
-            });
-            Ok(known.collect())
+            }
+            Ok(found)
         };
         let found = tokio::task::spawn_blocking(look).await;
         found.unwrap_or_else(|error| Err(std::io::Error::other(error))).map_err(CollectError::Read)

@@ -141,6 +141,17 @@ pub struct SamplingMeta {
     pub seed: u64,
 }
 
+/// Episodes as they stand in the log, one line each.
+pub fn lines(episodes: &[Episode]) -> Vec<u8> {
+    let mut lines = Vec::new();
+    for episode in episodes {
+        serde_json::to_writer(&mut lines, episode)
+            .expect("an episode has no map with keys that are no texts");
+        lines.push(b'\n');
+    }
+    lines
+}
+
 /// A name that cannot be a run's or an environment's.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("is {0:?}; use 1 to 64 characters of a-z, 0-9, '.', '_' and '-', the first a letter or a digit")]

@@ -48,6 +48,8 @@ pub struct Wanted {
     pub stop: Vec<String>,
     /// Keep token ids and log-probabilities.
     pub logprobs: bool,
+    /// Name of the sink that the episodes go to.
+    pub upload: Option<String>,
 }
 
 /// A prompt with what is known of a good answer.
@@ -94,6 +96,9 @@ pub struct CollectJob {
     pub stop: Vec<String>,
     /// Keep token ids and log-probabilities.
     pub logprobs: bool,
+    /// Name of the sink that the episodes go to when all are collected.
+    #[serde(default)]
+    pub upload: Option<String>,
 }
 
 fn error(field: &str, message: impl Into<String>) -> FieldError {
@@ -151,6 +156,7 @@ impl CollectJob {
                 .map_or_else(|| narrow(uuid::Uuid::new_v4().as_u64_pair().0), |seed| seed as u64),
             stop: wanted.stop,
             logprobs: wanted.logprobs,
+            upload: wanted.upload,
         };
         job.sampling().validate().map_err(|refused| match refused {
             EngineError::InvalidParameter { field, message } => error(field, message),

@@ -56,7 +56,7 @@ pub fn parts(dir: &Path, run: &str) -> io::Result<Vec<PathBuf>> {
 pub fn episodes(dir: &Path, run: &str) -> io::Result<Episodes> {
     let mut parts = parts(dir, run)?;
     parts.reverse();
-    Ok(Episodes { parts, open: None })
+    Ok(Episodes { parts, open: None, line: Vec::new() })
 }
 
 /// See [`episodes`].
@@ -64,6 +64,14 @@ pub struct Episodes {
     /// What is still to be read, the next one last.
     parts: Vec<PathBuf>,
     open: Option<(PathBuf, BufReader<File>, u64)>,
+    line: Vec<u8>,
+}
+
+impl Episodes {
+    /// The line of the episode that came last, with its end, byte for byte.
+    pub fn line(&self) -> &[u8] {
+        &self.line
+    }
 }
 
 impl Iterator for Episodes {
@@ -79,14 +87,14 @@ impl Iterator for Episodes {
                 }
                 continue;
             };
-            let mut line = Vec::new();
-            let read = reader.read_until(b'\n', &mut line);
+            self.line.clear();
+            let read = reader.read_until(b'\n', &mut self.line);
             *number += 1;
             match read {
                 // A line without its end is being written, or is what a killed process left.
-                Ok(_) if line.last() != Some(&b'\n') => self.open = None,
+                Ok(_) if self.line.last() != Some(&b'\n') => self.open = None,
                 Ok(_) => {
-                    let episode = serde_json::from_slice(&line);
+                    let episode = serde_json::from_slice(&self.line);
                     return Some(episode.map_err(|error| Unreadable::Line {
                         path: path.clone(),
                         line: *number,

@@ -13,6 +13,7 @@ use super::files::{self, Part};
 use super::{Appended, Entry, LogError};
 use crate::adapters::sync_folder;
 use crate::metrics;
+use crate::rl::episode::lines;
 
 /// How long a thread without work stays.
 const IDLE: Duration = Duration::from_secs(5);
@@ -88,7 +89,7 @@ impl Writer {
         if open.length >= self.settings.max_file_bytes {
             open = self.put_aside(open)?;
         }
-        let lines = lines(group, open.next_index)?;
+        let lines = numbered(group, open.next_index);
         let begun = Instant::now();
         let written = open.file.write_all(&lines).and_then(|()| open.file.sync_data());
         if let Err(error) = written {
@@ -155,14 +156,17 @@ fn create(dir: &std::path::Path, run: &str) -> io::Result<File> {
     Ok(file)
 }
 
-fn lines(group: &mut [Entry], first_index: u64) -> io::Result<Vec<u8>> {
-    let mut lines = Vec::new();
-    for (index, episode) in (first_index..).zip(group.iter_mut().flat_map(|entry| &mut entry.episodes)) {
-        episode.episode_index = index;
-        serde_json::to_writer(&mut lines, episode)?;
-        lines.push(b'\n');
+/// The lines of a group, whose episodes get their numbers.
+fn numbered(group: &mut [Entry], mut next: u64) -> Vec<u8> {
+    let mut all = Vec::new();
+    for entry in group {
+        for episode in &mut entry.episodes {
+            episode.episode_index = next;
+            next += 1;
+        }
+        all.extend(lines(&entry.episodes));
     }
-    Ok(lines)
+    all
 }
 
 /// Whether a file is still the one of this path.
