@@ -52,6 +52,13 @@ pub struct PromptConfig {
     pub reference: Option<String>,
 }
 
+impl PromptConfig {
+    /// A prompt of which nothing else is known.
+    pub fn new(prompt: String) -> Self {
+        Self { prompt, language: None, reference: None }
+    }
+}
+
 /// Defaults and bounds of collecting.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]

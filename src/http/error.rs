@@ -16,6 +16,7 @@ use crate::jobs::JobsError;
 use crate::model::chat_template::ChatTemplateError;
 use crate::model::tokenizer::TokenizerError;
 use crate::rl::outbox::OutboxError;
+use crate::rl::{CollectError, LogError};
 use crate::train::TrainError;
 
 /// Seconds after which a client may come back where nothing better is known.
@@ -106,6 +107,18 @@ impl ApiError {
             message: "the server failed; its log has the reason beside this answer's x-request-id".into(),
             param: None,
             code: "internal_error",
+            retry_after_s: None,
+        }
+    }
+
+    /// 507: the disk is full, and nothing of the request was stored.
+    fn storage_full(message: String) -> Self {
+        Self {
+            status: StatusCode::INSUFFICIENT_STORAGE,
+            kind: ErrorType::ServiceUnavailableError,
+            message,
+            param: None,
+            code: "storage_full",
             retry_after_s: None,
         }
     }
@@ -267,6 +280,24 @@ impl From<JobsError> for ApiError {
     }
 }
 
+impl From<CollectError> for ApiError {
+    fn from(error: CollectError) -> Self {
+        match error {
+            CollectError::Field(error) => error.into(),
+            CollectError::Adapter(error) => error.into(),
+            CollectError::Engine(error) => error.into(),
+            CollectError::Tokenizer(error) => error.into(),
+            CollectError::Log(LogError::Name(invalid)) => Self::invalid("run_id", invalid),
+            // Whoever reads this has the disk's reason; the log was told it where it happened.
+            CollectError::Log(error @ LogError::Full(_)) => Self::storage_full(error.to_string()),
+            CollectError::Log(error @ LogError::Io(_)) => {
+                Self::unavailable("episode_log_failed", error.to_string())
+            }
+            CollectError::Read(_) => Self::internal(error),
+        }
+    }
+}
+
 impl From<OutboxError> for ApiError {
     fn from(error: OutboxError) -> Self {
         match error {
@@ -278,14 +309,7 @@ impl From<OutboxError> for ApiError {
                     "the upload cannot be kept until it is sent: {source}; the server's data folder must be writable \
                      and have room"
                 );
-                Self {
-                    status: StatusCode::INSUFFICIENT_STORAGE,
-                    kind: ErrorType::ServerError,
-                    message,
-                    param: None,
-                    code: "storage_full",
-                    retry_after_s: Some(DEFAULT_RETRY_AFTER_S),
-                }
+                Self::storage_full(message)
             }
         }
     }
@@ -356,6 +380,18 @@ mod tests {
         let secret = TrainError::Io { what: "/root/x".into(), source: std::io::Error::other("SECRET") };
         let body = serde_json::to_string(&ApiError::from(secret).body()).expect("the envelope is JSON");
         assert!(!body.contains("SECRET") && !body.contains("/root/x"), "{body}");
+    }
+
+    #[test]
+    fn a_full_disk_is_told_from_one_that_fails() {
+        let of = |error: LogError| {
+            let error = ApiError::from(CollectError::Log(error));
+            (error.status().as_u16(), error.code(), error.message.clone())
+        };
+        let (status, code, message) = of(LogError::Full("No space left on device".into()));
+        assert_eq!((status, code), (507, "storage_full"));
+        assert!(message.contains("make room"), "{message}");
+        assert_eq!(of(LogError::Io("Input/output error".into())).0, 503);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use axum::http::header;
 use axum::response::IntoResponse;
 
 use super::health::resident_set_bytes;
+use super::rl_collect::COLLECT_KIND;
 use super::state::{AppState, unix_now_s};
 use crate::jobs::{Counts, JobFilter, JobState, JobsError, PromiseCounts};
 use crate::metrics::{self, EngineSnapshot, RunningJob};
@@ -76,7 +77,9 @@ async fn jobs(state: &AppState) -> Result<Vec<RunningJob>, JobsError> {
     let filter = JobFilter { status: Some(JobState::Running), ..JobFilter::default() };
     let limit = u32::try_from(state.jobs.max_parallel()).unwrap_or(u32::MAX);
     let running = state.jobs.list(filter, limit).await?;
-    let figures = running.into_iter().map(|job| RunningJob {
+    // What collects makes no adapter.
+    let training = running.into_iter().filter(|job| job.kind != COLLECT_KIND);
+    let figures = training.map(|job| RunningJob {
         tokens_per_s: job.progress["tokens_per_s"].as_f64(),
         step: job.progress["step"].as_f64(),
         total_steps: job.progress["total_steps"].as_f64(),

@@ -18,6 +18,7 @@ mod metrics;
 mod middleware;
 mod openai;
 mod openapi;
+mod rl_collect;
 mod rl_uploads;
 mod sse;
 mod state;
@@ -31,6 +32,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 pub use error::{ApiError, ErrorBody, ErrorDetail, ErrorType};
+pub use rl_collect::COLLECT_KIND;
 pub use state::{AppState, GenerationDefaults, HttpSettings};
 pub use train::TRAIN_KIND;
 
@@ -58,6 +60,7 @@ fn table() -> OpenApiRouter<AppState> {
         .routes(routes!(job_events::events))
         .routes(routes!(jobs::cancel))
         .routes(routes!(jobs::resume))
+        .routes(routes!(rl_collect::collect))
         .routes(routes!(rl_uploads::list))
         .routes(routes!(rl_uploads::get))
         .routes(routes!(rl_uploads::retry))
@@ -134,6 +137,7 @@ mod tests {
             ("/adapter/list", "get"),
             ("/adapter/{name}", "get"),
             ("/adapter/{name}", "delete"),
+            ("/rl/collect", "post"),
             ("/health", "get"),
             ("/metrics", "get"),
             ("/", "get"),
@@ -175,6 +179,7 @@ mod tests {
             ("/adapter/status/{job_id}", "get", &["404", "503"]),
             ("/adapter/cancel/{job_id}", "post", &["404", "409", "503"]),
             ("/adapter/resume/{job_id}", "post", &["404", "409", "503"]),
+            ("/rl/collect", "post", &["400", "404", "409", "413", "415", "422", "503", "507"]),
             ("/rl/uploads", "get", &["400", "404", "503"]),
             ("/rl/uploads/{upload_id}/retry", "post", &["404", "409", "503"]),
             ("/v1/files", "post", &["400", "413", "415", "503"]),

@@ -10,6 +10,7 @@ use crate::adapters;
 use crate::engine::EngineHandle;
 use crate::jobs::Jobs;
 use crate::model::tokenizer::Tokenizer;
+use crate::rl::Collector;
 use crate::rl::outbox::Outbox;
 use crate::train;
 
@@ -28,6 +29,8 @@ pub struct AppState {
     pub uploads: Outbox,
     /// What training jobs work with, to check one before it is accepted.
     pub training: Arc<train::Context>,
+    /// Collects and logs episodes.
+    pub collector: Collector,
     /// Resolved settings of this surface.
     pub settings: Arc<HttpSettings>,
     /// Renders what `/metrics` answers.

@@ -86,9 +86,7 @@ pub enum JobsError {
         id: String,
     },
     /// Another job that is not through has the name.
-    #[error(
-        "the job {job} is making an adapter named {name:?} already; wait for it, cancel it, or choose another name"
-    )]
+    #[error("the job {job} is making {name:?} already; wait for it, cancel it, or choose another name")]
     NameTaken {
         /// The name.
         name: String,

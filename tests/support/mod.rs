@@ -15,6 +15,7 @@ use gurukul::model::load::{DeviceChoice, DtypeChoice};
 use gurukul::model::tokenizer::Tokenizer;
 use gurukul::nn::quant::Quantization;
 use gurukul::rl::outbox::{Outbox, Patience};
+use gurukul::rl::{Collector, EpisodeLog};
 use gurukul::train::Context;
 use serde_json::Value;
 
@@ -90,6 +91,16 @@ impl Server {
         let adapters = Arc::new(Registry::new(adapters, engine.clone()));
         let jobs = jobs::Settings { data_dir: data.path().to_owned(), max_parallel: 1, keep_ended: 100 };
         let jobs = Jobs::open(jobs).await.expect("the store can be opened");
+        let log = EpisodeLog::open(&data.path().join("rl_runs"), 1 << 20).expect("the log can be opened");
+        let collector = Collector::new(
+            engine.clone(),
+            tokenizer.clone(),
+            adapters.clone(),
+            MODEL.to_owned(),
+            Arc::default(),
+            log,
+        );
+        let collector = collector.expect("the default rewards can be had");
         let kinds = training.map(|work| BTreeMap::from([(TRAIN_KIND, work)])).unwrap_or_default();
         jobs.start(kinds).await.expect("the store can be read");
         let uploads = Outbox::open(data.path(), jobs.promises(), SinksConfig::default(), Patience::default());
@@ -115,6 +126,7 @@ impl Server {
             jobs,
             uploads,
             training: Arc::new(training),
+            collector,
             settings: Arc::new(settings),
             prometheus: gurukul::metrics::install().expect("metrics can be recorded"),
             started: Instant::now(),
