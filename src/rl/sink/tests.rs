@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::config::{BehaviorVersion, Credentials, Region};
 use axum::Router;
 use axum::body::Bytes;
@@ -84,7 +83,6 @@ fn s3_with(endpoint: &str, secret: &str) -> Sink {
         .region(Region::new("us-east-1"))
         .endpoint_url(endpoint)
         .force_path_style(true)
-        .retry_config(RetryConfig::disabled())
         .build();
     Sink::S3(s3::S3::with(aws_sdk_s3::Client::from_conf(config), BUCKET.into()))
 }
