@@ -179,19 +179,19 @@ impl Collector {
         };
         let adapter = self.adapter(job).await?;
         let mut done = already.len() as u64;
-        let missing =
-            job.groups().filter(|(_, indexes)| indexes.clone().any(|index| !already.contains(&index)));
-        let groups = missing.map(|(prompt, indexes)| {
-            let (adapter, already) = (adapter.clone(), &already);
-            async move { self.group(id, job, prompt, indexes, already, adapter).await }
+        let mut missing: Vec<(usize, Range<u64>)> = job.groups().collect();
+        missing.retain(|(_, indexes)| indexes.clone().any(|index| !already.contains(&index)));
+        let groups = missing.into_iter().map(|(prompt, indexes)| {
+            self.group(id, job, &job.prompts[prompt], indexes, &already, adapter.clone())
         });
         // More groups than this would only wait for their turn.
         let at_once = self.parts.max_in_flight.div_ceil(job.group_size) + 1;
         let mut groups = std::pin::pin!(futures::stream::iter(groups).buffer_unordered(at_once));
         loop {
+            let asked = async { stop.wait_for(|stop| *stop != Stop::No).await.map(|stop| *stop) };
             let group = tokio::select! {
                 group = groups.next() => group,
-                asked = stop.wait_for(|stop| *stop != Stop::No) => match asked.map(|stop| *stop) {
+                asked = asked => match asked {
                     Ok(Stop::Pause) => return Ok(Ending::Paused),
                     Ok(_) => return Ok(Ending::Cancelled { done }),
                     // Nobody can ask any more.
