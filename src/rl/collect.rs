@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use futures::StreamExt as _;
 use futures::future::try_join_all;
@@ -179,19 +179,19 @@ impl Collector {
         };
         let adapter = self.adapter(job).await?;
         let mut done = already.len() as u64;
-        let missing =
-            job.groups().filter(|(_, indexes)| indexes.clone().any(|index| !already.contains(&index)));
-        let groups = missing.map(|(prompt, indexes)| {
-            let (adapter, already) = (adapter.clone(), &already);
-            async move { self.group(id, job, prompt, indexes, already, adapter).await }
+        let mut missing: Vec<(usize, Range<u64>)> = job.groups().collect();
+        missing.retain(|(_, indexes)| indexes.clone().any(|index| !already.contains(&index)));
+        let groups = missing.into_iter().map(|(prompt, indexes)| {
+            self.group(id, job, &job.prompts[prompt], indexes, &already, adapter.clone())
         });
         // More groups than this would only wait for their turn.
         let at_once = self.parts.max_in_flight.div_ceil(job.group_size) + 1;
         let mut groups = std::pin::pin!(futures::stream::iter(groups).buffer_unordered(at_once));
         loop {
+            let asked = async { stop.wait_for(|stop| *stop != Stop::No).await.map(|stop| *stop) };
             let group = tokio::select! {
                 group = groups.next() => group,
-                asked = stop.wait_for(|stop| *stop != Stop::No) => match asked.map(|stop| *stop) {
+                asked = asked => match asked {
                     Ok(Stop::Pause) => return Ok(Ending::Paused),
                     Ok(_) => return Ok(Ending::Cancelled { done }),
                     // Nobody can ask any more.
@@ -218,7 +218,7 @@ impl Collector {
                 reference: episode.meta.reference.as_deref(),
                 finished: episode.meta.finish_reason.as_deref() != Some(FinishReason::Length.as_str()),
             };
-            let reward = self.parts.rewarder.group(&[sample]).await.pop();
+            let reward = self.reward(&[sample]).await.pop();
             reward.into_iter().for_each(|reward| rewarded(&mut episode, reward));
         }
         let appended = self.parts.log.append(run_id, vec![episode]).await?;
@@ -236,6 +236,13 @@ impl Collector {
     /// The log cannot be read.
     pub async fn lines(&self, id: &str, run_id: &str) -> Result<Vec<u8>, CollectError> {
         Ok(self.look(id, run_id, |_, line| line.to_vec()).await?.concat())
+    }
+
+    async fn reward(&self, group: &[Sample<'_>]) -> Vec<Result<Reward, RewardError>> {
+        let begun = Instant::now();
+        let rewards = self.parts.rewarder.group(group).await;
+        metrics::group_rewarded(begun.elapsed().as_secs_f64());
+        rewards
     }
 
     async fn adapter(&self, job: &CollectJob) -> Result<Option<AdapterHandle>, AdapterError> {
@@ -314,7 +321,7 @@ impl Collector {
                 finished: answer.reason == FinishReason::Stop,
             })
             .collect();
-        let rewards = self.parts.rewarder.group(&samples).await;
+        let rewards = self.reward(&samples).await;
         let mut group = Vec::with_capacity(answers.len());
         for ((index, answer), reward) in indexes.zip(&answers).zip(rewards) {
             if already.contains(&index) {

@@ -165,13 +165,12 @@ impl CollectJob {
         Ok(job)
     }
 
-    /// The groups: a prompt, and the episodes that are answers to it.
-    pub(super) fn groups(&self) -> impl Iterator<Item = (&Prompt, Range<u64>)> {
-        let size = self.group_size.max(1) as u64;
-        (0..self.episodes.div_ceil(size)).map(move |group| {
-            let prompt = &self.prompts[(group % self.prompts.len() as u64) as usize];
-            (prompt, group * size..((group + 1) * size).min(self.episodes))
-        })
+    /// The groups: a prompt by its place, and the episodes that are answers to it.
+    pub(super) fn groups(&self) -> impl Iterator<Item = (usize, Range<u64>)> + use<> {
+        let (size, episodes, prompts) =
+            (self.group_size.max(1) as u64, self.episodes, self.prompts.len() as u64);
+        (0..episodes.div_ceil(size))
+            .map(move |group| ((group % prompts) as usize, group * size..((group + 1) * size).min(episodes)))
     }
 
     /// How tokens are chosen, but for the seed.
@@ -320,7 +319,7 @@ mod tests {
             let all: Vec<u64> = groups.iter().flat_map(|(_, indexes)| indexes.clone()).collect();
             assert_eq!(all, (0..episodes as u64).collect::<Vec<_>>());
             for (at, (prompt, _)) in groups.iter().enumerate() {
-                assert_eq!(prompt.prompt, prompts[at % 3].prompt);
+                assert_eq!(*prompt, at % 3);
             }
         }
     }

@@ -117,11 +117,15 @@ impl Rewarder {
             group.iter().map(|_| Ok(Earned::default())).collect();
         for Weighted { name, weight, part } in self.parts.iter() {
             for (earned, value) in earned.iter_mut().zip(part.of(group).await) {
-                match (value, earned) {
-                    (Ok(Some(value)), Ok(earned)) => earned.add(name, *weight, value),
+                match value {
+                    Ok(None) => {}
+                    Ok(Some(value)) => {
+                        if let Ok(earned) = earned {
+                            earned.add(name, *weight, value);
+                        }
+                    }
                     // One part that cannot be had leaves no reward: a mean of the others would be another measure.
-                    (Err(error), earned @ Ok(_)) => *earned = Err(error),
-                    _ => {}
+                    Err(error) => *earned = Err(error),
                 }
             }
         }
@@ -176,7 +180,8 @@ impl Part {
             }
             Self::Regex(pattern) => each(&|sample| Some(f64::from(pattern.is_match(sample.output)))),
             Self::Http(service) => {
-                let asked = join_all(group.iter().map(|sample| service.of(sample))).await;
+                let asked: Vec<_> = group.iter().map(|sample| service.of(sample)).collect();
+                let asked = join_all(asked).await;
                 asked.into_iter().map(|reward| reward.map(Some)).collect()
             }
         }
