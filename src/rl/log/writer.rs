@@ -175,7 +175,7 @@ fn numbered(group: &mut [Entry], mut next: u64) -> Vec<u8> {
 fn is_at(file: &File, path: &std::path::Path) -> bool {
     use std::os::unix::fs::MetadataExt as _;
     let identity = |meta: &fs::Metadata| (meta.dev(), meta.ino());
-    matches!((file.metadata(), fs::metadata(path)), (Ok(a), Ok(b)) if identity(a) == identity(b))
+    matches!((file.metadata(), fs::metadata(path)), (Ok(a), Ok(b)) if identity(&a) == identity(&b))
 }
 
 /// Elsewhere an open file cannot be moved away.

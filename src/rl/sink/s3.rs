@@ -1,10 +1,10 @@
 //! Uploads into an S3 bucket: in one request, or in parts where they are large. Never writes over an object.
 
 use aws_sdk_s3::Client;
+use aws_sdk_s3::config::http::HttpResponse;
 use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::primitives::ByteStream;
-use aws_sdk_s3::primitives::event_stream::HttpResponse;
 use aws_sdk_s3::types::{ChecksumAlgorithm, CompletedMultipartUpload, CompletedPart};
 
 use tokio::io::AsyncReadExt as _;
