@@ -140,7 +140,7 @@ impl Clients {
                 return;
             }
             let (body, output) = request(n);
-            let address = format!("{}/rl/collect", base.borrow_and_update());
+            let address = format!("{}/rl/collect", *base.borrow_and_update());
             let answer = async {
                 let response = client.post(address).json(&body).send().await?;
                 Ok::<_, reqwest::Error>((response.status().as_u16(), response.json::<Value>().await?))
