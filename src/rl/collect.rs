@@ -269,7 +269,7 @@ impl Collector {
         mut take: impl FnMut(u64, &[u8]) -> T + Send + 'static,
     ) -> Result<Vec<T>, CollectError> {
         let (dir, run, prefix) = (self.parts.log.dir().to_owned(), run_id.to_owned(), format!("{id}-"));
-        let look = move || {
+        let look = move || -> std::io::Result<Vec<T>> {
             let mut found = Vec::new();
             let mut of_run = episodes(&dir, &run)?;
             while let Some(episode) = of_run.next() {
