@@ -25,7 +25,7 @@ const CONTENT_TYPE: &str = "application/x-ndjson";
 
 /// The bucket.
 #[derive(Debug)]
-pub(super) struct S3 {
+pub(in crate::rl) struct S3 {
     client: Client,
     /// The same, which tries nothing again by itself: a small object waits for its next turn in the outbox, where it
     /// holds up no other.
