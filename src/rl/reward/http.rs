@@ -260,7 +260,8 @@ mod tests {
         let (url, seen) = service().await;
         let config = HttpConfig { url, max_concurrent: 2, ..HttpConfig::default() };
         let service = Service::new(&config).unwrap();
-        let asked = futures::future::join_all((0..12).map(|_| service.of(&sample("0")))).await;
+        let sample = sample("0");
+        let asked = futures::future::join_all((0..12).map(|_| service.of(&sample))).await;
         assert!(asked.iter().all(|reward| *reward == Ok(0.25)));
         assert!(seen.most.load(Ordering::SeqCst) <= 2);
     }
