@@ -53,7 +53,7 @@ impl S3 {
             endpoint_url: sink.endpoint_url.clone(),
             force_path_style: sink.force_path_style,
         };
-        let client = client(&access).await.map_err(Refusal::Final)?;
+        let client = client(&access).await.map_err(Refusal::passing)?;
         Ok(Self::with(client, sink.bucket.clone()))
     }
 
