@@ -45,9 +45,13 @@ fn describe_training(settings: &Settings) -> anyhow::Result<String> {
     Rewarder::new(&rl.rewards).with_context(|| of(rl::FILE_NAME))?;
     let parts = rl.rewards.weights().into_iter().filter(|(_, weight)| *weight > 0.0);
     let parts: Vec<String> = parts.map(|(part, weight)| format!("{part} {weight}")).collect();
-    let sources = if sources.is_empty() { "none".into() } else { sources.join(", ") };
+    let sinks = rl.sinks.names().filter_map(|name| Some(format!("{name} ({})", rl.sinks.sink(name)?.kind())));
+    let sinks: Vec<String> = sinks.collect();
+    let listed = |names: &[String]| if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+    let (sources, sinks) = (listed(&sources), listed(&sinks));
     Ok(format!(
-        "# {}: can be used\n# {}: can be used; sources: {sources}\n# {}: can be used; {} prompts; rewards: {}",
+        "# {}: can be used\n# {}: can be used; sources: {sources}\n# {}: can be used; {} prompts; rewards: {}; sinks: \
+         {sinks}",
         of(adapter::FILE_NAME),
         of(connectors::FILE_NAME),
         of(rl::FILE_NAME),
