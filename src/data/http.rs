@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
+use std::ops::Range;
 use std::time::Duration;
 
 use flate2::Crc;
@@ -11,76 +12,130 @@ use reqwest::header::{
     LOCATION, RANGE, RETRY_AFTER,
 };
 use reqwest::{Response, StatusCode, Url};
-use tokio_util::sync::CancellationToken;
+use serde::{Deserialize, Serialize};
+use tokio_util::bytes::Bytes;
+
+use super::object::{Object, Opened, Opening, Patience, Rows, Stat};
 
 /// More redirects than this go in a circle.
 const MAX_REDIRECTS: usize = 10;
 /// Longest wait that a server can ask for.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
 
-/// How long to wait for a server, and how often to try again.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Patience {
-    /// For a connection.
-    pub(super) connect: Duration,
-    /// For the next bytes.
-    pub(super) idle: Duration,
-    /// Attempts after the first, as long as no new byte comes.
-    pub(super) retries: u32,
-    /// Before the first of them; doubles with each.
-    pub(super) backoff: Duration,
+/// The keys of `type: http`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HttpConfig {
+    /// One address.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub url: Option<String>,
+    /// Or several.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub urls: Vec<String>,
+    /// Names of headers to names of the environment variables that hold their values.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub headers_env: BTreeMap<String, String>,
 }
 
-impl Default for Patience {
-    fn default() -> Self {
-        Self {
-            connect: Duration::from_secs(10),
-            idle: Duration::from_secs(30),
-            retries: 3,
-            backoff: Duration::from_secs(1),
+impl HttpConfig {
+    pub(super) fn check(&self) -> Result<(), String> {
+        if self.url.is_some() != self.urls.is_empty() {
+            return Err("give either url, or urls with at least one address".into());
         }
+        self.url.iter().chain(&self.urls).try_for_each(|url| check_url(url))?;
+        self.headers_env.iter().try_for_each(|(header, variable)| check_header(header, variable))
+    }
+
+    pub(super) fn open(&self, opening: &Opening) -> Result<Opened, String> {
+        let headers = headers(&self.headers_env)?;
+        let opening = opening.clone();
+        let urls: Vec<String> = self.url.iter().chain(&self.urls).cloned().collect();
+        let objects = urls.into_iter().map(move |url| {
+            let object = Address::new(&url, headers.clone(), opening.clone())?;
+            Ok(Box::new(object) as Box<dyn Object>)
+        });
+        Ok(Opened { rows: Rows::Files(Box::new(objects)), pin: None })
     }
 }
 
-/// Opens addresses, all with the same headers.
-pub(super) struct Fetcher {
+/// Secrets belong into the environment: a source is kept in job files and shown in messages.
+fn check_url(text: &str) -> Result<(), String> {
+    let url = Url::parse(text).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
+    let url = url.ok_or_else(|| format!("'{text}' is no http or https address"))?;
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(format!(
+            "the address of {} holds a name or a password; put the header's value into an environment variable \
+             and name it under headers_env",
+            url.host_str().unwrap_or("this host")
+        ));
+    }
+    Ok(())
+}
+
+/// Headers that the reading itself depends on.
+const OWN_HEADERS: [&str; 6] =
+    ["accept-encoding", "content-length", "host", "if-range", "range", "transfer-encoding"];
+
+fn check_header(header: &str, variable: &str) -> Result<(), String> {
+    let name = HeaderName::from_bytes(header.as_bytes());
+    let name = name.map_err(|_| format!("headers_env: '{header}' is no name of a header"))?;
+    if OWN_HEADERS.contains(&name.as_str()) {
+        return Err(format!("headers_env: {header} is set by the program itself"));
+    }
+    let is_name = !variable.is_empty()
+        && variable.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
+        && !variable.starts_with(|c: char| c.is_ascii_digit());
+    if !is_name {
+        // What stands there instead may be the secret itself, so it is not repeated.
+        return Err(format!(
+            "headers_env: {header} must name an environment variable that holds the value, as in DATA_TOKEN"
+        ));
+    }
+    Ok(())
+}
+
+/// Reads the headers' values from the environment.
+fn headers(headers_env: &BTreeMap<String, String>) -> Result<HeaderMap, String> {
+    let mut headers = HeaderMap::new();
+    for (header, variable) in headers_env {
+        let value = std::env::var(variable).map_err(|_| {
+            format!("headers_env: {header} needs the environment variable {variable}; set it")
+        })?;
+        let mut value = HeaderValue::from_str(value.trim())
+            .map_err(|_| format!("headers_env: {variable} holds characters that no header can have"))?;
+        value.set_sensitive(true);
+        let name = HeaderName::from_bytes(header.as_bytes())
+            .map_err(|_| format!("headers_env: '{header}' is no name of a header"))?;
+        headers.insert(name, value);
+    }
+    Ok(headers)
+}
+
+/// What lies at one address.
+struct Address {
+    url: Url,
+    shown: String,
     headers: HeaderMap,
-    patience: Patience,
-    stop: CancellationToken,
+    opening: Opening,
+    /// Asked for, and not read yet.
+    begun: Option<Body>,
 }
 
-impl Fetcher {
-    /// Reads the headers' values from the environment.
-    pub(super) fn new(
-        headers_env: &BTreeMap<String, String>,
-        patience: Patience,
-        stop: CancellationToken,
-    ) -> Result<Self, String> {
-        let mut headers = HeaderMap::new();
-        for (header, variable) in headers_env {
-            let value = std::env::var(variable).map_err(|_| {
-                format!("headers_env: {header} needs the environment variable {variable}; set it")
-            })?;
-            let mut value = HeaderValue::from_str(value.trim())
-                .map_err(|_| format!("headers_env: {variable} holds characters that no header can have"))?;
-            value.set_sensitive(true);
-            let name = HeaderName::from_bytes(header.as_bytes())
-                .map_err(|_| format!("headers_env: '{header}' is no name of a header"))?;
-            headers.insert(name, value);
-        }
-        Ok(Self { headers, patience, stop })
+impl Address {
+    fn new(url: &str, headers: HeaderMap, opening: Opening) -> Result<Self, String> {
+        let url = Url::parse(url).map_err(|e| format!("'{url}' is no address: {e}"))?;
+        Ok(Self { shown: shown(&url), url, headers, opening, begun: None })
     }
 
-    /// The bytes of one address; nothing is asked before the first read.
-    pub(super) fn object(&self, url: &str, runtime: tokio::runtime::Handle) -> Result<Object, String> {
-        let url = Url::parse(url).map_err(|e| format!("'{url}' is no address: {e}"))?;
-        let body = Body {
-            client: client(&url, self.patience)?,
-            shown: shown(&url),
-            url,
+    fn body(&self) -> Result<Body, String> {
+        Ok(Body {
+            client: client(&self.url, self.opening.patience)?,
+            shown: self.shown.clone(),
+            url: self.url.clone(),
             headers: self.headers.clone(),
-            patience: self.patience,
+            patience: self.opening.patience,
             response: None,
+            rest: None,
             position: 0,
             crc: Crc::new(),
             again: None,
@@ -88,8 +143,43 @@ impl Fetcher {
             total: None,
             knows_ranges: true,
             failures: 0,
+        })
+    }
+}
+
+impl Object for Address {
+    fn shown(&self) -> &str {
+        &self.shown
+    }
+
+    fn stat(&mut self) -> Result<Stat, String> {
+        let mut body = self.body()?;
+        let first = self.opening.wait(body.next())?;
+        let version = body.etag.as_ref().and_then(|etag| etag.to_str().ok()).map(str::to_owned);
+        let stat = Stat { length: body.total, version };
+        body.rest = first;
+        self.begun = Some(body);
+        Ok(stat)
+    }
+
+    fn read_from(&mut self, offset: u64) -> Result<Box<dyn Read + Send + '_>, String> {
+        let body = match self.begun.take() {
+            Some(body) => body,
+            None => self.body()?,
         };
-        Ok(Object { body, runtime, stop: self.stop.clone(), rest: io::Cursor::default(), ended: false })
+        let mut reader = Reader { body, opening: &self.opening, rest: io::Cursor::default(), ended: false };
+        let passed =
+            io::copy(&mut reader.by_ref().take(offset), &mut io::sink()).map_err(|e| e.to_string())?;
+        if passed < offset {
+            return Err(format!("ends after {passed} bytes, before byte {offset}"));
+        }
+        Ok(Box::new(reader))
+    }
+
+    fn read_range(&mut self, range: Range<u64>) -> Result<Bytes, String> {
+        let mut bytes = vec![0; (range.end - range.start) as usize];
+        self.read_from(range.start)?.read_exact(&mut bytes).map_err(|e| e.to_string())?;
+        Ok(bytes.into())
     }
 }
 
@@ -141,37 +231,22 @@ fn words(error: reqwest::Error) -> String {
     text
 }
 
-/// An address as a reader, for a thread that may block.
-pub(super) struct Object {
+/// A body as a reader, for a thread that may block.
+struct Reader<'a> {
     body: Body,
-    runtime: tokio::runtime::Handle,
-    stop: CancellationToken,
-    rest: io::Cursor<Vec<u8>>,
+    opening: &'a Opening,
+    rest: io::Cursor<Bytes>,
     ended: bool,
 }
 
-impl Object {
-    /// The address as messages have it.
-    pub(super) fn shown(&self) -> &str {
-        &self.body.shown
-    }
-}
-
-impl Read for Object {
+impl Read for Reader<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
             let n = self.rest.read(buffer)?;
             if n > 0 || self.ended || buffer.is_empty() {
                 return Ok(n);
             }
-            let next = self.runtime.block_on(async {
-                tokio::select! {
-                    // The one that reads may wait for a slow server when nobody wants its records any more.
-                    () = self.stop.cancelled() => Err("nobody wants more".to_owned()),
-                    next = self.body.next() => next,
-                }
-            });
-            match next.map_err(io::Error::other)? {
+            match self.opening.wait(self.body.next()).map_err(io::Error::other)? {
                 Some(bytes) => self.rest = io::Cursor::new(bytes),
                 None => self.ended = true,
             }
@@ -210,6 +285,8 @@ struct Body {
     headers: HeaderMap,
     patience: Patience,
     response: Option<Response>,
+    /// Bytes that came and are not handed on yet.
+    rest: Option<Bytes>,
     /// Bytes handed on.
     position: u64,
     /// Their checksum.
@@ -226,7 +303,10 @@ struct Body {
 
 impl Body {
     /// The next bytes; `None` at the end.
-    async fn next(&mut self) -> Result<Option<Vec<u8>>, String> {
+    async fn next(&mut self) -> Result<Option<Bytes>, String> {
+        if let Some(rest) = self.rest.take() {
+            return Ok(Some(rest));
+        }
         loop {
             match self.attempt().await {
                 Ok(bytes) => return Ok(bytes),
@@ -250,7 +330,7 @@ impl Body {
         }
     }
 
-    async fn attempt(&mut self) -> Result<Option<Vec<u8>>, Failure> {
+    async fn attempt(&mut self) -> Result<Option<Bytes>, Failure> {
         if self.response.is_none() {
             self.response = Some(self.ask().await?);
         }
@@ -277,12 +357,12 @@ impl Body {
             self.position += bytes.len() as u64;
             self.crc.update(&bytes);
             self.failures = 0;
-            return Ok(Some(bytes.into()));
+            return Ok(Some(bytes));
         }
     }
 
     /// The answer is over: is it complete?
-    fn end(&self) -> Result<Option<Vec<u8>>, Failure> {
+    fn end(&self) -> Result<Option<Bytes>, Failure> {
         match self.total {
             Some(total) if self.position < total => Err(Failure::passing("the connection ended")),
             Some(total) if self.position > total => Err(Failure::Final(format!(

@@ -5,6 +5,8 @@ mod decode;
 mod http;
 pub mod hub;
 mod local;
+#[allow(dead_code, reason = "seams that not every kind uses yet")]
+mod object;
 mod source;
 mod stream;
 #[cfg(test)]
@@ -15,6 +17,8 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
+pub use self::http::HttpConfig;
+pub use self::local::LocalConfig;
 pub use self::source::{FIELD_NAMES, Format, Location, SourceConfig, Template};
 pub use self::stream::{BadRows, Cursor, RecordStream};
 

@@ -2,7 +2,6 @@
 //! stream ends the thread. Counts rows that cannot be used and gives up when they are too many.
 
 use std::collections::VecDeque;
-use std::io::Read;
 use std::ops::ControlFlow;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -14,8 +13,8 @@ use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::decode::{Broken, Found, decode};
-use super::http::{Fetcher, Patience};
-use super::{Location, Place, Record, SourceConfig, SourceError, local};
+use super::object::{Object, Opened, Opening, Page, Pages, Patience, Rows};
+use super::{Location, Place, Record, Row, SourceConfig, SourceError};
 
 /// Rows of one message between thread and stream.
 const BATCH_ROWS: usize = 64;
@@ -107,9 +106,13 @@ impl SourceConfig {
         let stop = CancellationToken::new();
         let reader = Reader {
             config: self.clone(),
-            runtime: tokio::runtime::Handle::current(),
-            patience,
-            stop: stop.clone(),
+            opening: Opening {
+                runtime: tokio::runtime::Handle::current(),
+                patience,
+                stop: stop.clone(),
+                format: self.format,
+                pin: None,
+            },
             batch: Batch { messages: Vec::new(), bytes: 0, sender },
         };
         tokio::task::spawn_blocking(move || reader.run());
@@ -242,6 +245,21 @@ struct Batch {
 }
 
 impl Batch {
+    fn found(&mut self, object: &Arc<str>, row: Row, found: Found) -> ControlFlow<()> {
+        let place = Place { object: object.clone(), row };
+        match found {
+            Found::Record(fields) => {
+                let record = Record { fields, place };
+                let bytes = record.bytes();
+                self.push(Message::Record(record), bytes)
+            }
+            Found::Bad(reason) => {
+                let bytes = reason.len();
+                self.push(Message::Bad(format!("{place}: {reason}")), bytes)
+            }
+        }
+    }
+
     /// Breaks when nobody listens any more.
     fn push(&mut self, message: Message, bytes: usize) -> ControlFlow<()> {
         self.messages.push(message);
@@ -261,12 +279,19 @@ impl Batch {
     }
 }
 
+impl Location {
+    fn open(&self, opening: &Opening) -> Result<Opened, String> {
+        match self {
+            Self::Local(config) => config.open(opening),
+            Self::Http(config) => config.open(opening),
+        }
+    }
+}
+
 /// The thread's side.
 struct Reader {
     config: SourceConfig,
-    runtime: tokio::runtime::Handle,
-    patience: Patience,
-    stop: CancellationToken,
+    opening: Opening,
     batch: Batch,
 }
 
@@ -283,46 +308,45 @@ impl Reader {
     }
 
     fn read(&mut self) -> Result<ControlFlow<()>, String> {
-        match self.config.location.clone() {
-            Location::Local { path } => {
-                for file in local::files(&path, self.config.format)? {
-                    let shown = file.display().to_string();
-                    if self.object(&shown, local::open(&file)?)?.is_break() {
+        match self.config.location.open(&self.opening)?.rows {
+            Rows::Files(objects) => {
+                for object in objects {
+                    if self.object(object?.as_mut())?.is_break() {
                         return Ok(ControlFlow::Break(()));
                     }
                 }
+                Ok(ControlFlow::Continue(()))
             }
-            Location::Http { urls, headers_env } => {
-                let fetcher = Fetcher::new(&headers_env, self.patience, self.stop.clone())?;
-                for url in urls {
-                    let object = fetcher.object(&url, self.runtime.clone())?;
-                    let shown = object.shown().to_owned();
-                    if self.object(&shown, object)?.is_break() {
-                        return Ok(ControlFlow::Break(()));
-                    }
-                }
-            }
+            Rows::Pages(mut pages) => self.pages(pages.as_mut()),
         }
-        Ok(ControlFlow::Continue(()))
     }
 
-    fn object(&mut self, shown: &str, bytes: impl Read) -> Result<ControlFlow<()>, String> {
-        let object: Arc<str> = shown.into();
+    fn object(&mut self, object: &mut dyn Object) -> Result<ControlFlow<()>, String> {
+        let shown: Arc<str> = object.shown().into();
+        let bytes = object.read_from(0)?;
         let batch = &mut self.batch;
-        let mut sink = |row, found| {
-            let place = Place { object: object.clone(), row };
-            match found {
-                Found::Record(fields) => {
-                    let record = Record { fields, place };
-                    let bytes = record.bytes();
-                    batch.push(Message::Record(record), bytes)
-                }
-                Found::Bad(reason) => batch.push(Message::Bad(format!("{place}: {reason}")), reason.len()),
-            }
-        };
-        decode(self.config.format, shown, bytes, &mut sink).map_err(|Broken { row, message }| match row {
-            Some(row) => format!("{}: {message}", Place { object: object.clone(), row }),
-            None => format!("{object}: {message}"),
+        let mut sink = |row, found| batch.found(&shown, row, found);
+        decode(self.config.format, &shown, bytes, &mut sink).map_err(|Broken { row, message }| match row {
+            Some(row) => format!("{}: {message}", Place { object: shown.clone(), row }),
+            None => format!("{shown}: {message}"),
         })
+    }
+
+    fn pages(&mut self, pages: &mut dyn Pages) -> Result<ControlFlow<()>, String> {
+        let mut token = None;
+        loop {
+            let Page { shown, rows, next } = pages.page(token.as_ref())?;
+            let shown: Arc<str> = shown.into();
+            for (row, element) in rows.into_iter().zip(1..) {
+                let found = row.map_or_else(Found::Bad, Found::Record);
+                if self.batch.found(&shown, Row::Element(element), found).is_break() {
+                    return Ok(ControlFlow::Break(()));
+                }
+            }
+            token = next;
+            if token.is_none() {
+                return Ok(ControlFlow::Continue(()));
+            }
+        }
     }
 }
