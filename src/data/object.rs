@@ -71,6 +71,7 @@ pub(super) enum Rows {
     /// Files, to be decoded.
     Files(Objects),
     /// Rows as they are.
+    #[allow(dead_code, reason = "the kinds that give pages come next")]
     Pages(Box<dyn Pages>),
 }
 
@@ -84,6 +85,7 @@ pub(super) struct Opening {
     /// As the source's settings have it; a folder lists other files with `auto` than without.
     pub(super) format: Format,
     /// [`Opened::pin`] of the opening that is continued.
+    #[allow(dead_code, reason = "the kinds that pin come next")]
     pub(super) pin: Option<String>,
 }
 
