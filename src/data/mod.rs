@@ -10,10 +10,13 @@ pub mod hub;
 mod local;
 mod object;
 mod reader;
+mod remote;
+pub(crate) mod s3;
 mod source;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod web;
 
 use std::fmt;
 use std::sync::Arc;
@@ -25,6 +28,7 @@ pub use self::cursor::{Counts, Cursor};
 pub use self::filter::Filter;
 pub use self::http::HttpConfig;
 pub use self::local::LocalConfig;
+pub use self::s3::{S3Access, S3Config};
 pub use self::source::{FIELD_NAMES, Format, Location, SourceConfig, Template, usual_names};
 pub use self::stream::{BadRows, RecordStream};
 

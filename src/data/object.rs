@@ -85,7 +85,6 @@ pub(super) struct Opening {
     /// As the source's settings have it; a folder lists other files with `auto` than without.
     pub(super) format: Format,
     /// [`Opened::pin`] of the opening that is continued.
-    #[allow(dead_code, reason = "the kinds that pin come next")]
     pub(super) pin: Option<String>,
 }
 

@@ -11,7 +11,9 @@ use serde_json::{Map, Value};
 use super::combined::{FallbackConfig, MixConfig};
 use super::filter::Filter;
 use super::http::HttpConfig;
+use super::hub::HuggingFaceConfig;
 use super::local::LocalConfig;
+use super::s3::S3Config;
 
 /// A source of records. It holds names of environment variables, never a secret.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -97,6 +99,10 @@ kinds! {
     Local(LocalConfig) = "local",
     /// Addresses that are fetched one after another.
     Http(HttpConfig) = "http",
+    /// A data set on a hub.
+    HuggingFace(HuggingFaceConfig) = "huggingface",
+    /// Objects of a bucket.
+    S3(S3Config) = "s3",
     /// Several sources by weight.
     Mix(MixConfig) = "mix",
     /// The first of several sources that works.

@@ -228,6 +228,8 @@ impl Location {
         match self {
             Self::Local(config) => config.open(opening),
             Self::Http(config) => config.open(opening),
+            Self::HuggingFace(config) => config.open(opening),
+            Self::S3(config) => config.open(opening),
             Self::Mix(_) | Self::Fallback(_) => Err("has no data of its own".into()),
         }
     }
