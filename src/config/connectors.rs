@@ -51,7 +51,15 @@ impl Connectors {
             );
             return Err(named::unusable(FIELD, name, &why));
         }
-        Ok(Self { sources, file: name.to_owned() })
+        let find = |wanted: &str| sources.get_key_value(wanted).map(|(name, source)| (name.as_str(), source));
+        let resolved: Result<BTreeMap<String, SourceConfig>, FieldError> = sources
+            .iter()
+            .map(|(source, config)| match config.resolve(source, &find) {
+                Ok(config) => Ok((source.clone(), config)),
+                Err(why) => Err(named::unusable(FIELD, name, &format!("sources.{source}: {why}"))),
+            })
+            .collect();
+        Ok(Self { sources: resolved?, file: name.to_owned() })
     }
 
     /// A source by its name.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::adapter::FieldError;
 use super::named::{Named, is_name};
-use crate::data::{check_header, check_url};
+use crate::data::http::{check_header, check_url};
 
 /// Key of an upload where a sink names none: the same content has the same key, whenever it is sent.
 const DEFAULT_KEY: &str = "rl/{run_id}/{sha256}.jsonl";

@@ -3,16 +3,19 @@
 
 use std::time::Duration;
 
-use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, IF_NONE_MATCH, RETRY_AFTER};
+use reqwest::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, IF_NONE_MATCH};
 use reqwest::{Method, Url};
 use tokio_util::io::ReaderStream;
 
 use super::{Parcel, Refusal, unreadable};
 use crate::config::rl_sinks::{HttpMethod, HttpSink, render};
-use crate::data::http::{Patience, client, headers_from, number, shown, words};
+use crate::data::http::{headers, shown};
+use crate::data::web::{client, retry_after, words};
 
 /// How long an upload may take beside its bytes.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a connection may take.
+const CONNECT: Duration = Duration::from_secs(10);
 /// The slowest connection that is waited for.
 const SLOWEST_BYTES_PER_S: u64 = 32 << 10;
 /// Longest wait that a server can ask for.
@@ -37,8 +40,8 @@ impl Http {
             })?,
             (None, None) => return Err(Refusal::Final("the sink has no address; give it a url".into())),
         };
-        let client = client(&parse(&address)?, Patience::default()).map_err(Refusal::Final)?;
-        let headers = headers_from(&sink.headers_env).map_err(Refusal::Final)?;
+        let client = client(&parse(&address)?, CONNECT, PATIENCE).map_err(Refusal::Final)?;
+        let headers = headers(&sink.headers_env).map_err(Refusal::Final)?;
         Ok(Self { client, method: sink.method, address, headers })
     }
 
@@ -76,9 +79,7 @@ impl Http {
                  another address"
             ))),
             408 | 425 | 429 | 500..=599 => {
-                let wait = number(&response, RETRY_AFTER.as_str());
-                let wait = wait.map(|seconds| Duration::from_secs(seconds).min(MAX_RETRY_AFTER));
-                Err(Refusal::Passing { reason, wait })
+                Err(Refusal::Passing { reason, wait: retry_after(&response, MAX_RETRY_AFTER) })
             }
             300..=399 => Err(Refusal::Final(format!("{reason}; write the address that it leads to"))),
             401 | 403 => Err(Refusal::Final(format!(

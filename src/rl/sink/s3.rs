@@ -1,22 +1,28 @@
 //! Uploads into an S3 bucket: in one request, or in parts where they are large. Never writes over an object.
 
+use std::time::Duration;
+
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::http::HttpResponse;
 use aws_sdk_s3::config::retry::RetryConfig;
+use aws_sdk_s3::config::timeout::TimeoutConfig;
 use aws_sdk_s3::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::{ChecksumAlgorithm, CompletedMultipartUpload, CompletedPart};
-
 use tokio::io::AsyncReadExt as _;
 
 use super::{Parcel, Refusal, unreadable};
 use crate::config::rl_sinks::S3Sink;
-use crate::data::s3::client::{S3Access, client};
+use crate::data::s3::{S3Access, client};
 
 /// Uploads above this size go in parts.
 const LARGE_BYTES: u64 = 16 << 20;
 /// Size of a part, as long as that makes no more than [`MAX_PARTS`].
 const PART_BYTES: u64 = 8 << 20;
+/// How long a connection may take.
+const CONNECT: Duration = Duration::from_secs(10);
+/// How long sending a part or a small upload may take.
+const SEND: Duration = Duration::from_secs(300);
 /// What S3 takes.
 const MAX_PARTS: u64 = 10_000;
 /// Where an object says what it holds.
@@ -58,6 +64,9 @@ impl S3 {
     }
 
     pub(super) fn with(client: Client, bucket: String) -> Self {
+        // The time for the first byte of an answer holds the sending of the request.
+        let timeouts = TimeoutConfig::builder().connect_timeout(CONNECT).read_timeout(SEND).build();
+        let client = Client::from_conf(client.config().to_builder().timeout_config(timeouts).build());
         let once = client.config().to_builder().retry_config(RetryConfig::disabled()).build();
         Self { client, once: Client::from_conf(once), bucket }
     }
