@@ -6,7 +6,6 @@ use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::{ChecksumAlgorithm, CompletedMultipartUpload, CompletedPart};
-
 use tokio::io::AsyncReadExt as _;
 
 use super::{Parcel, Refusal, unreadable};
