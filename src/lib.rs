@@ -11,6 +11,7 @@
 //! - [`nn`]: tensors only: layers, kernels, the KV cache;
 //! - [`data`]: streams of records from where they lie, and model files from a hub;
 //! - [`train`]: the recipe that turns records into an adapter;
+//! - [`rl`]: episodes: collected, rewarded, logged, and learnt from;
 //! - [`jobs`]: long work that outlives a request and a crash;
 //! - [`text`]: pure functions on text: scripts, languages, cleaning, likeness;
 //! - [`metrics`]: every metric, named in one place.
@@ -28,5 +29,6 @@ pub mod jobs;
 pub mod metrics;
 pub mod model;
 pub mod nn;
+pub mod rl;
 pub mod text;
 pub mod train;

@@ -23,14 +23,18 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("main", &["cli"]),
     (
         "cli",
-        &["app", "config", "adapters", "data", "engine", "jobs", "metrics", "model", "nn", "text", "train"],
+        &[
+            "app", "config", "adapters", "data", "engine", "jobs", "metrics", "model", "nn", "rl", "text",
+            "train",
+        ],
     ),
-    ("app", &["http", "config", "adapters", "data", "engine", "jobs", "metrics", "model", "train"]),
-    ("http", &["adapters", "config", "data", "engine", "jobs", "metrics", "model", "text", "train"]),
+    ("app", &["http", "config", "adapters", "data", "engine", "jobs", "metrics", "model", "rl", "train"]),
+    ("http", &["adapters", "config", "data", "engine", "jobs", "metrics", "model", "rl", "text", "train"]),
+    ("rl", &["adapters", "config", "data", "engine", "jobs", "metrics", "model", "nn", "text", "train"]),
     ("train", &["adapters", "config", "data", "engine", "metrics", "model", "nn", "text"]),
     ("jobs", &["metrics"]),
     // Settings resolve to the types of what they set.
-    ("config", &["data", "engine", "model", "nn"]),
+    ("config", &["data", "engine", "model", "nn", "text"]),
     ("adapters", &["engine", "metrics", "model", "nn"]),
     ("engine", &["metrics", "model", "nn"]),
     ("model", &["nn"]),

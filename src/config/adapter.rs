@@ -9,6 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
 use super::named;
+use super::range::within;
 pub use crate::data::Template;
 
 /// The settings file inside the configs folder that is read when none is named.
@@ -293,22 +294,9 @@ impl<T> Said<T> {
 }
 
 impl<T: Copy + PartialOrd + fmt::Display> Said<T> {
-    /// The value, when it lies in the range. What is no number lies in none.
+    /// The value, when it lies in the range.
     fn within(&self, range: impl RangeBounds<T>) -> Result<T, FieldError> {
-        if range.contains(&self.value) {
-            return Ok(self.value);
-        }
-        let low = match range.start_bound() {
-            Bound::Included(low) => format!("from {low}"),
-            Bound::Excluded(low) => format!("above {low}"),
-            Bound::Unbounded => "any".into(),
-        };
-        let high = match range.end_bound() {
-            Bound::Included(high) => format!(" to {high}"),
-            Bound::Excluded(high) => format!(" to below {high}"),
-            Bound::Unbounded => String::new(),
-        };
-        Err(self.error(format!("is {}; use a number {low}{high}", self.value)))
+        within(&self.place, self.value, range)
     }
 }
 

@@ -29,10 +29,10 @@ fn the_shipped_file_is_a_template_that_works() {
     let all = load(&uncommented).unwrap();
     assert_eq!(all.names().collect::<Vec<_>>(), ["local", "questions", "remote", "translations"]);
     assert_eq!(all.source("translations").unwrap().fields["target"], "translation.hi");
-    let Location::Http { headers_env, .. } = &all.source("remote").unwrap().location else {
+    let Location::Http(http) = &all.source("remote").unwrap().location else {
         panic!("remote is fetched");
     };
-    assert_eq!(headers_env["Authorization"], "LESSONS_AUTHORIZATION");
+    assert_eq!(http.headers_env["Authorization"], "LESSONS_AUTHORIZATION");
     // Each key has its explanation above it.
     let lines: Vec<&str> = text.lines().map(str::trim).collect();
     let is_comment = |line: &str| line.starts_with("# ");
@@ -84,7 +84,7 @@ fn what_is_wrong_is_named_with_source_and_line() {
         ("sources:\n  a: {type: nfs, path: x}\n", "nfs"),
         ("sources:\n  a b: {type: local, path: x}\n", "'a b' is no name"),
         ("sources:\n  '../a': {type: local, path: x}\n", "is no name"),
-        ("sources:\n  a: {type: local, path: x}\n  a: {type: local, path: y}\n", "two sources are called a"),
+        ("sources:\n  a: {type: local, path: x}\n  a: {type: local, path: y}\n", "two entries are called a"),
         ("sources: [1]\n", "sources"),
         ("source:\n", "unknown field `source`"),
         ("\t", "cannot be used"),

@@ -5,6 +5,11 @@ pub mod adapter;
 pub mod connectors;
 mod named;
 pub mod origin;
+mod range;
+pub mod rl;
+pub mod rl_reward;
+pub mod rl_sinks;
+pub mod rl_train;
 pub mod server;
 pub mod size;
 

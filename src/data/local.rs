@@ -1,15 +1,92 @@
 //! Files of this machine: which ones a path stands for, and opening them. Knows nothing of rows.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read, Seek as _, SeekFrom};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+use tokio_util::bytes::Bytes;
 
 use super::Format;
 use super::decode::format_of_name;
+use super::object::{Object, Objects, Opened, Opening, Rows, Stat};
+
+/// The keys of `type: local`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LocalConfig {
+    /// A file, a folder, or a pattern such as `data/*.jsonl.gz`; relative to where the program is started.
+    #[serde(default)]
+    pub path: String,
+}
+
+impl LocalConfig {
+    pub(super) fn check(&self) -> Result<(), String> {
+        if self.path.trim().is_empty() {
+            return Err("path is missing; name a file, a folder or a pattern such as data/*.jsonl".into());
+        }
+        if self.path.split('/').any(|part| part == "**") {
+            return Err("path: ** is not known; name one folder, or list sources for several".into());
+        }
+        Ok(())
+    }
+
+    pub(super) fn open(&self, opening: &Opening) -> Result<Opened, String> {
+        let files = files(&self.path, opening.format)?;
+        let objects: Objects = Box::new(files.into_iter().map(|path| Ok(Box::new(OfDisk::new(path)) as _)));
+        Ok(Opened { rows: Rows::Files(objects), pin: None })
+    }
+}
+
+/// A file of this machine.
+struct OfDisk {
+    path: PathBuf,
+    shown: String,
+}
+
+impl OfDisk {
+    fn new(path: PathBuf) -> Self {
+        Self { shown: path.display().to_string(), path }
+    }
+
+    fn open(&self, offset: u64) -> Result<File, String> {
+        let opened = || -> io::Result<File> {
+            let mut file = File::open(&self.path)?;
+            file.seek(SeekFrom::Start(offset))?;
+            Ok(file)
+        };
+        opened().map_err(|error| cannot_read(&self.path, &error))
+    }
+}
+
+impl Object for OfDisk {
+    fn shown(&self) -> &str {
+        &self.shown
+    }
+
+    fn stat(&mut self) -> Result<Stat, String> {
+        let meta = std::fs::metadata(&self.path).map_err(|error| cannot_read(&self.path, &error))?;
+        let time = meta.modified().ok().and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
+        let version = time.map(|time| format!("{} bytes of {}", meta.len(), time.as_nanos()));
+        Ok(Stat { length: Some(meta.len()), version })
+    }
+
+    fn read_from(&mut self, offset: u64) -> Result<Box<dyn Read + Send + '_>, String> {
+        Ok(Box::new(self.open(offset)?))
+    }
+
+    fn read_range(&mut self, range: Range<u64>) -> Result<Bytes, String> {
+        let mut bytes = vec![0; (range.end - range.start) as usize];
+        self.open(range.start)?.read_exact(&mut bytes).map_err(|error| cannot_read(&self.path, &error))?;
+        Ok(bytes.into())
+    }
+}
 
 /// The files that `path` stands for, in order of their names: itself, those of a folder (with `format` auto those
 /// whose extension tells a format), or those that fit a pattern with `*` and `?`.
-pub(super) fn files(path: &str, format: Format) -> Result<Vec<PathBuf>, String> {
+fn files(path: &str, format: Format) -> Result<Vec<PathBuf>, String> {
     let exact = Path::new(path);
     let found = match std::fs::metadata(exact) {
         Ok(meta) if meta.is_dir() => in_folder(exact, format)?,
@@ -25,11 +102,6 @@ pub(super) fn files(path: &str, format: Format) -> Result<Vec<PathBuf>, String> 
         }
     }
     Ok(found)
-}
-
-/// Opens one of them.
-pub(super) fn open(file: &Path) -> Result<File, String> {
-    File::open(file).map_err(|error| cannot_read(file, &error))
 }
 
 fn cannot_read(path: &Path, error: &io::Error) -> String {
@@ -51,8 +123,8 @@ fn in_folder(folder: &Path, format: Format) -> Result<Vec<PathBuf>, String> {
     found.retain(|(name, path)| is_wanted(name) && !path.is_dir());
     if found.is_empty() {
         return Err(format!(
-            "the folder {} has no file with an extension that is known (jsonl, json, csv, tsv, txt, each also \
-             with .gz); set format, or correct path",
+            "the folder {} has no file with an extension that is known (parquet, jsonl, json, csv, tsv, txt, each \
+             but the first also with .gz or .zst); set format, or correct path",
             folder.display()
         ));
     }

@@ -1,22 +1,36 @@
 //! Data from where it lies: streams of records to train on, and model files from a hub. Knows nothing of what the
 //! records are for.
 
+mod combined;
+mod cursor;
 mod decode;
-mod http;
+mod filter;
+pub(crate) mod http;
 pub mod hub;
 mod local;
+mod object;
+mod reader;
+mod remote;
+pub(crate) mod s3;
 mod source;
 mod stream;
 #[cfg(test)]
 mod tests;
+pub(crate) mod web;
 
 use std::fmt;
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-pub use self::source::{FIELD_NAMES, Format, Location, SourceConfig, Template};
-pub use self::stream::{BadRows, Cursor, RecordStream};
+pub use self::combined::{FallbackConfig, MixConfig, MixPart};
+pub use self::cursor::{Counts, Cursor};
+pub use self::filter::Filter;
+pub use self::http::HttpConfig;
+pub use self::local::LocalConfig;
+pub use self::s3::{S3Access, S3Config};
+pub use self::source::{FIELD_NAMES, Format, Location, SourceConfig, Template, usual_names};
+pub use self::stream::{BadRows, RecordStream};
 
 /// One record: a row, an object, a line of text.
 #[derive(Debug, Clone, PartialEq)]
@@ -36,17 +50,21 @@ impl Record {
     /// The value at a path: the field of exactly this name, else step by step into nested objects, as in
     /// `translation.hi`, and lists, as in `answers.0`.
     pub fn at(&self, path: &str) -> Option<&Value> {
-        if let Some(value) = self.fields.get(path) {
-            return Some(value);
-        }
-        let mut steps = path.split('.');
-        let first = self.fields.get(steps.next()?)?;
-        steps.try_fold(first, |value, step| match value {
-            Value::Object(fields) => fields.get(step),
-            Value::Array(items) => items.get(step.parse::<usize>().ok()?),
-            _ => None,
-        })
+        value_at(&self.fields, path)
     }
+}
+
+fn value_at<'r>(fields: &'r Map<String, Value>, path: &str) -> Option<&'r Value> {
+    if let Some(value) = fields.get(path) {
+        return Some(value);
+    }
+    let mut steps = path.split('.');
+    let first = fields.get(steps.next()?)?;
+    steps.try_fold(first, |value, step| match value {
+        Value::Object(fields) => fields.get(step),
+        Value::Array(items) => items.get(step.parse::<usize>().ok()?),
+        _ => None,
+    })
 }
 
 fn bytes_of(value: &Value) -> usize {
@@ -63,7 +81,7 @@ fn bytes_of(value: &Value) -> usize {
 pub struct Place {
     /// File or address.
     pub object: Arc<str>,
-    /// Line, or element of a JSON array; from 1.
+    /// Line, element of a JSON array, or row of a table; from 1.
     pub row: Row,
 }
 
@@ -72,8 +90,10 @@ pub struct Place {
 pub enum Row {
     /// Lines of the decompressed file.
     Line(u64),
-    /// Elements of an array.
+    /// Elements of an array, or of a page of rows.
     Element(u64),
+    /// Rows of a Parquet file.
+    Row(u64),
 }
 
 impl fmt::Display for Place {
@@ -87,6 +107,7 @@ impl fmt::Display for Row {
         match self {
             Self::Line(line) => write!(f, "line {line}"),
             Self::Element(element) => write!(f, "element {element}"),
+            Self::Row(row) => write!(f, "row {row}"),
         }
     }
 }

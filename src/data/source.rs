@@ -1,15 +1,23 @@
-//! What a source of records is, as the connectors file describes it and as a job keeps it. Says where data lies
-//! and how it is read; opens nothing.
+//! What a source of records is, as the connectors file describes it and as a job keeps it: keys that every source
+//! has, and those of its kind. Says where data lies and how it is read; opens nothing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
-use reqwest::Url;
-use reqwest::header::HeaderName;
-use serde::{Deserialize, Serialize};
+use serde::de::{DeserializeOwned, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Value};
+
+use super::combined::{FallbackConfig, MixConfig};
+use super::filter::Filter;
+use super::http::HttpConfig;
+use super::hub::HuggingFaceConfig;
+use super::local::LocalConfig;
+use super::s3::S3Config;
 
 /// A source of records. It holds names of environment variables, never a secret.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "Typed", into = "Typed")]
+#[serde(try_from = "Keys", into = "Map<String, Value>")]
 pub struct SourceConfig {
     /// Where the data lies.
     pub location: Location,
@@ -24,33 +32,84 @@ pub struct SourceConfig {
     pub source_language: Option<String>,
     /// Language of `target`.
     pub target_language: Option<String>,
-    /// Records that are passed over at the start.
+    /// Records that are passed over at the start, of those that the filter keeps.
     pub skip: u64,
     /// Share of rows that may be unusable, 0 to 1.
     pub max_bad_rows: f64,
+    /// Which records are wanted; without it, all.
+    pub filter: Option<Filter>,
+    /// Bytes of decoded records that may wait to be taken.
+    pub buffer_bytes: u64,
 }
 
 /// What `fields` can map.
 pub const FIELD_NAMES: [&str; 6] = ["prompt", "completion", "text", "messages", "source", "target"];
 
-/// Where data lies.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Location {
-    /// Files of this machine: a file, a folder, or a pattern such as `data/*.jsonl.gz`.
-    Local {
-        /// Relative to where the program is started.
-        path: String,
-    },
-    /// Addresses that are fetched one after another.
-    Http {
-        /// At least one.
-        urls: Vec<String>,
-        /// Names of headers to names of the environment variables that hold their values.
-        headers_env: BTreeMap<String, String>,
-    },
+/// What a field is called where a source does not say it, the likeliest name first.
+pub fn usual_names(field: &str) -> &'static [&'static str] {
+    match field {
+        "prompt" => &["prompt", "instruction", "question", "input"],
+        "completion" => &["completion", "output", "response", "answer"],
+        "text" => &["text"],
+        "messages" => &["messages"],
+        "source" => &["source"],
+        "target" => &["target"],
+        _ => &[],
+    }
 }
 
-/// How rows are written. Any of them may be compressed with gzip.
+/// Every kind once: its variant, its keys, and how `type` names it.
+macro_rules! kinds {
+    ($($(#[$doc:meta])* $variant:ident($config:ty) = $name:literal,)+) => {
+        /// Where data lies.
+        #[derive(Debug, Clone, PartialEq)]
+        pub enum Location {
+            $($(#[$doc])* $variant($config),)+
+        }
+
+        /// What `type` can be.
+        const KINDS: &[&str] = &[$($name),+];
+
+        impl Location {
+            /// The kind as `type` names it.
+            pub fn kind(&self) -> &'static str {
+                match self { $(Self::$variant(_) => $name,)+ }
+            }
+
+            fn read(kind: &str, keys: Map<String, Value>) -> Result<Self, String> {
+                match kind {
+                    $($name => {
+                        let config: $config = read(keys)?;
+                        config.check()?;
+                        Ok(Self::$variant(config))
+                    })+
+                    _ => Err(format!("type: '{}' is unknown; use {}", kind.escape_debug(), KINDS.join(", "))),
+                }
+            }
+
+            fn keys(&self) -> serde_json::Result<Value> {
+                match self { $(Self::$variant(config) => serde_json::to_value(config),)+ }
+            }
+        }
+    };
+}
+
+kinds! {
+    /// Files of this machine.
+    Local(LocalConfig) = "local",
+    /// Addresses that are fetched one after another.
+    Http(HttpConfig) = "http",
+    /// A data set on a hub.
+    HuggingFace(HuggingFaceConfig) = "huggingface",
+    /// Objects of a bucket.
+    S3(S3Config) = "s3",
+    /// Several sources by weight.
+    Mix(MixConfig) = "mix",
+    /// The first of several sources that works.
+    Fallback(FallbackConfig) = "fallback",
+}
+
+/// How rows are written. All but Parquet may be compressed with gzip or zstd.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
@@ -67,6 +126,10 @@ pub enum Format {
     Tsv,
     /// A text a line, as the field `text`; empty lines are left out.
     Txt,
+    /// A text a paragraph, as the field `text`; empty lines part them.
+    Paragraphs,
+    /// Columns in row groups; nested ones become objects and lists.
+    Parquet,
 }
 
 /// How a record becomes a text.
@@ -88,85 +151,138 @@ pub enum Template {
 impl SourceConfig {
     /// Files of this machine with every other setting at its default.
     pub fn local(path: impl Into<String>) -> Self {
-        Self::at(Location::Local { path: path.into() })
+        Self::at(Location::Local(LocalConfig { path: path.into() }))
     }
 
     /// One address with every other setting at its default. The address is checked when it is read.
     pub fn http(url: impl Into<String>) -> Self {
-        Self::at(Location::Http { urls: vec![url.into()], headers_env: BTreeMap::new() })
+        Self::at(Location::Http(HttpConfig { url: Some(url.into()), ..HttpConfig::default() }))
     }
 
     fn at(location: Location) -> Self {
+        Self::of(location, Common::default())
+    }
+
+    fn of(location: Location, common: Common) -> Self {
         Self {
             location,
+            format: common.format,
+            fields: common.fields,
+            template: common.template,
+            source_language: common.source_language,
+            target_language: common.target_language,
+            skip: common.skip,
+            max_bad_rows: common.max_bad_rows,
+            filter: common.filter,
+            buffer_bytes: common.buffer_bytes,
+        }
+    }
+
+    /// The kind as `type` names it.
+    pub fn kind(&self) -> &'static str {
+        self.location.kind()
+    }
+
+    /// The fields that are needed, where the settings name all that a template takes; the filter's included.
+    pub(super) fn named_fields(&self) -> Option<BTreeSet<String>> {
+        let named = |fields: &[&str]| fields.iter().all(|field| self.fields.contains_key(*field));
+        let all: [(Template, &[&str]); 4] = [
+            (Template::Chat, &["messages"]),
+            (Template::PromptCompletion, &["prompt", "completion"]),
+            (Template::Translation, &["source", "target"]),
+            (Template::Text, &["text"]),
+        ];
+        let template = self.template.filter(|template| *template != Template::Auto);
+        let is_complete = match template {
+            Some(template) => all.iter().any(|(of, fields)| *of == template && named(fields)),
+            None => all.iter().any(|(_, fields)| named(fields)),
+        };
+        let filtered = self.filter.iter().filter_map(|filter| filter.field.clone());
+        is_complete.then(|| self.fields.values().cloned().chain(filtered).collect())
+    }
+}
+
+/// A source's keys as they are typed; none comes twice, since of two one would be lost without a word.
+struct Keys(Map<String, Value>);
+
+impl<'de> Deserialize<'de> for Keys {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Source;
+        impl<'de> Visitor<'de> for Source {
+            type Value = Map<String, Value>;
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a source with its type and keys")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut keys = Map::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if keys.contains_key(&name) {
+                        return Err(serde::de::Error::custom(format!("{name} is said twice")));
+                    }
+                    keys.insert(name, map.next_value()?);
+                }
+                Ok(keys)
+            }
+        }
+        deserializer.deserialize_map(Source).map(Self)
+    }
+}
+
+/// The keys that a source of any kind may have.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Common {
+    format: Format,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    fields: BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    template: Option<Template>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source_language: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    target_language: Option<String>,
+    skip: u64,
+    max_bad_rows: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    filter: Option<Filter>,
+    buffer_bytes: u64,
+}
+
+/// Their names.
+const COMMON: [&str; 9] = [
+    "format",
+    "fields",
+    "template",
+    "source_language",
+    "target_language",
+    "skip",
+    "max_bad_rows",
+    "filter",
+    "buffer_bytes",
+];
+
+impl Default for Common {
+    fn default() -> Self {
+        Self {
             format: Format::Auto,
             fields: BTreeMap::new(),
             template: None,
             source_language: None,
             target_language: None,
             skip: 0,
-            max_bad_rows: MAX_BAD_ROWS,
-        }
-    }
-
-    /// The kind as `type` names it.
-    pub fn kind(&self) -> &'static str {
-        match self.location {
-            Location::Local { .. } => "local",
-            Location::Http { .. } => "http",
+            max_bad_rows: 0.01,
+            filter: None,
+            buffer_bytes: 64 << 20,
         }
     }
 }
 
-const MAX_BAD_ROWS: f64 = 0.01;
+/// What `buffer_bytes` may be: a row or two of the usual kind, and what a machine can spare.
+const BUFFER_BYTES: std::ops::RangeInclusive<u64> = 1 << 16..=1 << 34;
 
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Kind {
-    Local,
-    Http,
-}
-
-/// A source as it is typed: every kind's fields side by side.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Typed {
-    #[serde(rename = "type")]
-    kind: Kind,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    path: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    url: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    urls: Option<Vec<String>>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    headers_env: Option<BTreeMap<String, String>>,
-    #[serde(default)]
-    format: Format,
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    fields: BTreeMap<String, String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    template: Option<Template>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    source_language: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    target_language: Option<String>,
-    #[serde(default)]
-    skip: u64,
-    #[serde(default = "default_max_bad_rows")]
-    max_bad_rows: f64,
-}
-
-fn default_max_bad_rows() -> f64 {
-    MAX_BAD_ROWS
-}
-
-impl TryFrom<Typed> for SourceConfig {
-    type Error = String;
-
-    fn try_from(typed: Typed) -> Result<Self, String> {
-        let location = location(&typed)?;
-        for (name, path) in &typed.fields {
+impl Common {
+    fn check(&self) -> Result<(), String> {
+        for (name, path) in &self.fields {
             if !FIELD_NAMES.contains(&name.as_str()) {
                 return Err(format!("fields: {name} is unknown; use {}", FIELD_NAMES.join(", ")));
             }
@@ -175,7 +291,7 @@ impl TryFrom<Typed> for SourceConfig {
             }
         }
         for (name, language) in
-            [("source_language", &typed.source_language), ("target_language", &typed.target_language)]
+            [("source_language", &self.source_language), ("target_language", &self.target_language)]
         {
             if let Some(text) = language
                 && (text.trim().is_empty() || text.len() > 64)
@@ -183,114 +299,83 @@ impl TryFrom<Typed> for SourceConfig {
                 return Err(format!("{name} must be the code or the name of a language, as in hi or Hindi"));
             }
         }
-        if !(0.0..=1.0).contains(&typed.max_bad_rows) {
+        if !(0.0..=1.0).contains(&self.max_bad_rows) {
             return Err(format!(
                 "max_bad_rows is a share of all rows, from 0 to 1, not {}",
-                typed.max_bad_rows
+                self.max_bad_rows
             ));
         }
-        Ok(Self {
-            location,
-            format: typed.format,
-            fields: typed.fields,
-            template: typed.template,
-            source_language: typed.source_language,
-            target_language: typed.target_language,
-            skip: typed.skip,
-            max_bad_rows: typed.max_bad_rows,
-        })
-    }
-}
-
-fn location(typed: &Typed) -> Result<Location, String> {
-    match typed.kind {
-        Kind::Local => {
-            if typed.url.is_some() || typed.urls.is_some() || typed.headers_env.is_some() {
-                return Err("url, urls and headers_env are for type: http; a local source has a path".into());
-            }
-            let path = typed.path.clone().filter(|path| !path.trim().is_empty());
-            let path =
-                path.ok_or("path is missing; name a file, a folder or a pattern such as data/*.jsonl")?;
-            if path.split('/').any(|part| part == "**") {
-                return Err("path: ** is not known; name one folder, or list sources for several".into());
-            }
-            Ok(Location::Local { path })
+        if let Some(filter) = &self.filter {
+            filter.check()?;
         }
-        Kind::Http => {
-            if typed.path.is_some() {
-                return Err("path is for type: local; an http source has a url".into());
-            }
-            let urls = match (typed.url.clone(), typed.urls.clone()) {
-                (Some(url), None) => vec![url],
-                (None, Some(urls)) if !urls.is_empty() => urls,
-                _ => return Err("give either url, or urls with at least one address".into()),
-            };
-            for url in &urls {
-                check_url(url)?;
-            }
-            let headers_env = typed.headers_env.clone().unwrap_or_default();
-            for (header, variable) in &headers_env {
-                check_header(header, variable)?;
-            }
-            Ok(Location::Http { urls, headers_env })
+        if !BUFFER_BYTES.contains(&self.buffer_bytes) {
+            let (least, most) = (BUFFER_BYTES.start(), BUFFER_BYTES.end());
+            return Err(format!("buffer_bytes must be from {least} to {most}, not {}", self.buffer_bytes));
         }
+        Ok(())
     }
 }
 
-/// Secrets belong into the environment: a source is kept in job files and shown in messages.
-fn check_url(text: &str) -> Result<(), String> {
-    let url = Url::parse(text).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
-    let url = url.ok_or_else(|| format!("'{text}' is no http or https address"))?;
-    if !url.username().is_empty() || url.password().is_some() {
-        return Err(format!(
-            "the address of {} holds a name or a password; put the header's value into an environment variable \
-             and name it under headers_env",
-            url.host_str().unwrap_or("this host")
-        ));
-    }
-    Ok(())
-}
-
-/// Headers that the reading itself depends on.
-const OWN_HEADERS: [&str; 6] =
-    ["accept-encoding", "content-length", "host", "if-range", "range", "transfer-encoding"];
-
-fn check_header(header: &str, variable: &str) -> Result<(), String> {
-    let name = HeaderName::from_bytes(header.as_bytes());
-    let name = name.map_err(|_| format!("headers_env: '{header}' is no name of a header"))?;
-    if OWN_HEADERS.contains(&name.as_str()) {
-        return Err(format!("headers_env: {header} is set by the program itself"));
-    }
-    let is_name = !variable.is_empty()
-        && variable.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
-        && !variable.starts_with(|c: char| c.is_ascii_digit());
-    if !is_name {
-        // What stands there instead may be the secret itself, so it is not repeated.
-        return Err(format!(
-            "headers_env: {header} must name an environment variable that holds the value, as in DATA_TOKEN"
-        ));
-    }
-    Ok(())
-}
-
-impl From<SourceConfig> for Typed {
-    fn from(config: SourceConfig) -> Self {
-        let (kind, path, url, urls, headers_env) = match config.location {
-            Location::Local { path } => (Kind::Local, Some(path), None, None, None),
-            Location::Http { mut urls, headers_env } => {
-                let headers = Some(headers_env).filter(|headers| !headers.is_empty());
-                match urls.len() {
-                    1 => (Kind::Http, None, urls.pop(), None, headers),
-                    _ => (Kind::Http, None, None, Some(urls), headers),
-                }
-            }
+impl Common {
+    /// What a source that is made of others may say: how texts are made of all their records. The rest belongs to
+    /// each of them.
+    fn check_combined(&self) -> Result<(), String> {
+        let allowed = Self {
+            template: self.template,
+            source_language: self.source_language.clone(),
+            target_language: self.target_language.clone(),
+            ..Self::default()
         };
-        Self {
-            kind,
-            path,
-            url,
-            urls,
-            headers_env,
+        match *self == allowed {
+            true => Ok(()),
+            false => Err(
+                "format, fields, skip, max_bad_rows, filter and buffer_bytes belong to the sources that it names"
+                    .into(),
+            ),
+        }
+    }
+}
+
+/// Keys as a struct; the error names the key.
+fn read<T: DeserializeOwned>(keys: Map<String, Value>) -> Result<T, String> {
+    serde_path_to_error::deserialize(Value::Object(keys)).map_err(|error| {
+        let path = error.path().to_string();
+        let message = error.into_inner().to_string();
+        if message.starts_with("unknown field") {
+            format!("{message}; any source may have {}", COMMON.join(", "))
+        } else if message.starts_with("missing field") || path == "." {
+            message
+        } else {
+            format!("{path}: {message}")
+        }
+    })
+}
+
+impl TryFrom<Keys> for SourceConfig {
+    type Error = String;
+
+    fn try_from(Keys(mut keys): Keys) -> Result<Self, String> {
+        let kind = match keys.shift_remove("type") {
+            Some(Value::String(kind)) => kind,
+            Some(_) => return Err(format!("type must be one of {}", KINDS.join(", "))),
+            None => return Err(format!("type is missing; use {}", KINDS.join(", "))),
+        };
+        let (common, own): (Map<_, _>, Map<_, _>) =
+            keys.into_iter().partition(|(name, _)| COMMON.contains(&name.as_str()));
+        let location = Location::read(&kind, own)?;
+        let common: Common = read(common)?;
+        common.check()?;
+        if matches!(location, Location::Mix(_) | Location::Fallback(_)) {
+            common.check_combined()?;
+        }
+        Ok(Self::of(location, common))
+    }
+}
+
+impl From<SourceConfig> for Map<String, Value> {
+    fn from(config: SourceConfig) -> Self {
+        let mut keys = Map::from_iter([("type".to_owned(), Value::from(config.kind()))]);
+        let common = Common {
             format: config.format,
             fields: config.fields,
             template: config.template,
@@ -298,6 +383,14 @@ impl From<SourceConfig> for Typed {
             target_language: config.target_language,
             skip: config.skip,
             max_bad_rows: config.max_bad_rows,
+            filter: config.filter,
+            buffer_bytes: config.buffer_bytes,
+        };
+        for part in [config.location.keys(), serde_json::to_value(common)] {
+            // Names and values that JSON has; no map has keys of another kind.
+            let Ok(Value::Object(part)) = part else { unreachable!("a source's keys are JSON") };
+            keys.extend(part);
         }
+        keys
     }
 }

@@ -55,17 +55,57 @@ pub fn identify(text: &str) -> Identified {
 /// few words in such a script is taken for any of them, because nothing in it decides: `धन्यवाद` is Hindi, Marathi
 /// and Nepali. A text without letters is in no language.
 pub fn is_in(text: &str, language: Language) -> bool {
+    let verdict = judge(text, language);
+    verdict.share >= SHARE
+        && match verdict.voice {
+            Voice::For { .. } => true,
+            Voice::Against { confidence } => confidence <= CONFIDENT,
+        }
+}
+
+/// How far a text is in one language.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Verdict {
+    /// Share of the letters that are in the language's script, 0 to 1; 0 without letters.
+    pub share: f32,
+    /// What else speaks for the language, or against it.
+    pub voice: Voice,
+}
+
+/// Whether a text in a language's script is in that language, and how sure that is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Voice {
+    /// It is.
+    For {
+        /// 0 to 1; 1 where the script serves no other language.
+        confidence: f64,
+        /// Whether that is enough to go by.
+        reliable: bool,
+    },
+    /// It is in another one.
+    Against {
+        /// 0 to 1.
+        confidence: f64,
+    },
+}
+
+/// How far a text is in a language: by its script, and where that serves several languages by the detector. What is in
+/// the Bengali script with letters that only Assamese has is no Bengali.
+pub fn judge(text: &str, language: Language) -> Verdict {
     let script = language.script();
-    if script.share_of_letters(text) < SHARE {
-        return false;
-    }
-    match candidates(script).as_slice() {
-        [_] => !is_assamese(text, script),
+    let share = script.share_of_letters(text);
+    let voice = match candidates(script).as_slice() {
+        [_] if is_assamese(text, script) => Voice::Against { confidence: 1.0 },
+        [_] => Voice::For { confidence: 1.0, reliable: true },
         several => {
             let (found, confidence) = detect(text, script, several);
-            found == language || confidence <= CONFIDENT
+            match found == language {
+                true => Voice::For { confidence, reliable: confidence > CONFIDENT },
+                false => Voice::Against { confidence },
+            }
         }
-    }
+    };
+    Verdict { share, voice }
 }
 
 /// The served languages of a script; at least one.

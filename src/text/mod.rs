@@ -10,7 +10,7 @@ pub mod prompt;
 pub mod script;
 
 pub use clean::{MAX_CHARS, clean};
-pub use identify::{Identified, identify, is_in};
+pub use identify::{Identified, Verdict, Voice, identify, is_in, judge};
 pub use language::{Language, UnknownLanguage};
 pub use prompt::target_of_prompt;
 pub use script::Script;
