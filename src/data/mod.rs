@@ -4,6 +4,8 @@
 mod combined;
 mod cursor;
 mod decode;
+#[doc(hidden)]
+pub mod decoding;
 mod filter;
 mod http;
 pub mod hub;
