@@ -9,7 +9,7 @@ use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use super::adapter::FieldError;
-use super::named;
+use super::{named, yaml};
 use crate::data::SourceConfig;
 
 /// The connectors file inside the configs folder that is read when none is named.
@@ -71,7 +71,7 @@ impl Connectors {
             };
         };
         let typed: Option<Typed> =
-            serde_yaml::from_str(&text).map_err(|error| named::unusable(FIELD, name, &error))?;
+            yaml::read(&text).map_err(|error| named::unusable(FIELD, name, &error))?;
         let sources = typed.and_then(|typed| typed.sources).map(|named| named.0).unwrap_or_default();
         if let Some(source) = sources.keys().find(|source| !is_name(source)) {
             let why = format!(
@@ -100,6 +100,11 @@ impl Connectors {
                 message: format!("is '{}', which is no source that is known; {known}", shown.escape_debug()),
             }
         })
+    }
+
+    /// The sources with their names, in the order of these.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &SourceConfig)> {
+        self.sources.iter().map(|(name, source)| (name.as_str(), source))
     }
 
     /// The names, in order.

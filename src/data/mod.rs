@@ -2,11 +2,16 @@
 //! records are for.
 
 mod decode;
+mod describe;
 mod http;
 pub mod hub;
 mod local;
+mod mcp;
 #[allow(dead_code, reason = "seams that not every kind uses yet")]
 mod object;
+mod qdrant;
+mod resolve;
+mod retry;
 mod source;
 mod stream;
 #[cfg(test)]
@@ -19,6 +24,9 @@ use serde_json::{Map, Value};
 
 pub use self::http::HttpConfig;
 pub use self::local::LocalConfig;
+pub use self::mcp::McpConfig;
+pub use self::qdrant::QdrantConfig;
+pub use self::resolve::{Part, Resolved};
 pub use self::source::{FIELD_NAMES, Format, Location, SourceConfig, Template};
 pub use self::stream::{BadRows, Cursor, RecordStream};
 
@@ -40,17 +48,22 @@ impl Record {
     /// The value at a path: the field of exactly this name, else step by step into nested objects, as in
     /// `translation.hi`, and lists, as in `answers.0`.
     pub fn at(&self, path: &str) -> Option<&Value> {
-        if let Some(value) = self.fields.get(path) {
-            return Some(value);
-        }
-        let mut steps = path.split('.');
-        let first = self.fields.get(steps.next()?)?;
-        steps.try_fold(first, |value, step| match value {
-            Value::Object(fields) => fields.get(step),
-            Value::Array(items) => items.get(step.parse::<usize>().ok()?),
-            _ => None,
-        })
+        at(&self.fields, path)
     }
+}
+
+/// [`Record::at`], of fields that are no record yet.
+fn at<'a>(fields: &'a Map<String, Value>, path: &str) -> Option<&'a Value> {
+    if let Some(value) = fields.get(path) {
+        return Some(value);
+    }
+    let mut steps = path.split('.');
+    let first = fields.get(steps.next()?)?;
+    steps.try_fold(first, |value, step| match value {
+        Value::Object(fields) => fields.get(step),
+        Value::Array(items) => items.get(step.parse::<usize>().ok()?),
+        _ => None,
+    })
 }
 
 fn bytes_of(value: &Value) -> usize {

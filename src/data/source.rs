@@ -10,6 +10,8 @@ use serde_json::{Map, Value};
 
 use super::http::HttpConfig;
 use super::local::LocalConfig;
+use super::mcp::McpConfig;
+use super::qdrant::QdrantConfig;
 
 /// A source of records. It holds names of environment variables, never a secret.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -80,6 +82,10 @@ kinds! {
     Local(LocalConfig) = "local",
     /// Addresses that are fetched one after another.
     Http(HttpConfig) = "http",
+    /// Points of a Qdrant collection.
+    Qdrant(QdrantConfig) = "qdrant",
+    /// Resources or a tool of a Model Context Protocol server.
+    Mcp(McpConfig) = "mcp",
 }
 
 /// How rows are written. Any of them may be compressed with gzip.
@@ -117,6 +123,19 @@ pub enum Template {
     Translation,
 }
 
+impl Template {
+    /// As settings name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::PromptCompletion => "prompt_completion",
+            Self::Chat => "chat",
+            Self::Text => "text",
+            Self::Translation => "translation",
+        }
+    }
+}
+
 impl SourceConfig {
     /// Files of this machine with every other setting at its default.
     pub fn local(path: impl Into<String>) -> Self {
@@ -143,6 +162,18 @@ impl SourceConfig {
             skip: common.skip,
             max_bad_rows: common.max_bad_rows,
             buffer_bytes: common.buffer_bytes,
+        }
+    }
+
+    /// Fields of a record that are enough, as paths; none where it is not known which are. A template whose fields
+    /// are mapped in part takes the others by their usual names.
+    pub(super) fn needed(&self) -> Vec<String> {
+        const TOGETHER: [&[&str]; 4] =
+            [&["prompt", "completion"], &["text"], &["messages"], &["source", "target"]];
+        let mapped = |name: &&str| self.fields.contains_key(*name);
+        match TOGETHER.iter().all(|names| names.iter().all(mapped) || !names.iter().any(mapped)) {
+            true => self.fields.values().cloned().collect(),
+            false => Vec::new(),
         }
     }
 

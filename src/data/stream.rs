@@ -14,7 +14,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::decode::{Broken, Found, decode};
 use super::object::{Object, Opened, Opening, Page, Pages, Patience, Rows};
-use super::{Location, Place, Record, Row, SourceConfig, SourceError};
+use super::{Format, Location, Place, Record, Row, SourceConfig, SourceError};
 
 /// Rows of one message between thread and stream.
 const BATCH_ROWS: usize = 64;
@@ -103,16 +103,11 @@ impl SourceConfig {
 
     pub(super) fn open_patiently(&self, name: &str, cursor: Cursor, patience: Patience) -> RecordStream {
         let (sender, receiver) = mpsc::channel(2);
-        let stop = CancellationToken::new();
+        let opening = Opening::new(self, patience);
+        let stop = opening.stop.clone();
         let reader = Reader {
             config: self.clone(),
-            opening: Opening {
-                runtime: tokio::runtime::Handle::current(),
-                patience,
-                stop: stop.clone(),
-                format: self.format,
-                pin: None,
-            },
+            opening,
             batch: Batch { messages: Vec::new(), bytes: 0, sender },
         };
         tokio::task::spawn_blocking(move || reader.run());
@@ -280,10 +275,12 @@ impl Batch {
 }
 
 impl Location {
-    fn open(&self, opening: &Opening) -> Result<Opened, String> {
+    pub(super) fn open(&self, opening: &Opening) -> Result<Opened, String> {
         match self {
             Self::Local(config) => config.open(opening),
             Self::Http(config) => config.open(opening),
+            Self::Qdrant(config) => config.open(opening),
+            Self::Mcp(config) => config.open(opening),
         }
     }
 }
@@ -323,10 +320,15 @@ impl Reader {
 
     fn object(&mut self, object: &mut dyn Object) -> Result<ControlFlow<()>, String> {
         let shown: Arc<str> = object.shown().into();
+        object.stat()?;
+        let format = match self.config.format {
+            Format::Auto => object.format().unwrap_or_default(),
+            format => format,
+        };
         let bytes = object.read_from(0)?;
         let batch = &mut self.batch;
         let mut sink = |row, found| batch.found(&shown, row, found);
-        decode(self.config.format, &shown, bytes, &mut sink).map_err(|Broken { row, message }| match row {
+        decode(format, &shown, bytes, &mut sink).map_err(|Broken { row, message }| match row {
             Some(row) => format!("{}: {message}", Place { object: shown.clone(), row }),
             None => format!("{shown}: {message}"),
         })
