@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::cursor::{At, Counts, Cursor};
 use super::object::Patience;
 use super::stream::{BadRows, RecordStream, Wanted};
-use super::{Location, Record, SourceConfig, value_at};
+use super::{Location, Record, SourceConfig, at};
 
 /// Sources that one may be made of, those of its sources included.
 const MAX_PARTS: usize = 64;
@@ -100,16 +100,16 @@ impl SourceConfig {
     /// # Errors
     /// Names that nothing is called, sources that are made of themselves or of too many, and sources that do not go
     /// together, with the names.
-    pub fn resolve<'c>(
+    pub fn with_parts<'c>(
         &self,
         name: &'c str,
         find: &dyn Fn(&str) -> Option<(&'c str, &'c SourceConfig)>,
     ) -> Result<Self, String> {
-        resolve(self, &mut vec![name], &mut 0, find)
+        with_parts(self, &mut vec![name], &mut 0, find)
     }
 }
 
-fn resolve<'c>(
+fn with_parts<'c>(
     source: &SourceConfig,
     trail: &mut Vec<&'c str>,
     parts: &mut usize,
@@ -138,7 +138,7 @@ fn resolve<'c>(
             return Err(format!("is made of itself: {} → {name}", trail.join(" → ")));
         }
         trail.push(name);
-        into.push(resolve(part, trail, parts, find)?);
+        into.push(with_parts(part, trail, parts, find)?);
         trail.pop();
     }
     let parts: Vec<(&str, SourceConfig)> = names.into_iter().zip(into.clone()).collect();
@@ -172,6 +172,20 @@ fn common<T: Clone + PartialEq>(
     Ok(own.or(said.map(|(_, value)| value)))
 }
 
+impl MixConfig {
+    /// What its names stand for.
+    pub(super) fn parts(&self) -> &[SourceConfig] {
+        &self.resolved
+    }
+}
+
+impl FallbackConfig {
+    /// What its names stand for.
+    pub(super) fn parts(&self) -> &[SourceConfig] {
+        &self.resolved
+    }
+}
+
 /// One of the sources, open.
 struct Part {
     name: String,
@@ -191,7 +205,7 @@ impl Part {
         Poll::Ready(item.map(|item| {
             let mut record = item.map_err(|error| error.to_string())?;
             for (name, path) in self.config.fields.iter().filter(|(name, path)| name != path) {
-                if let Some(value) = value_at(&record.fields, path).cloned() {
+                if let Some(value) = at(&record.fields, path).cloned() {
                     record.fields.insert(name.clone(), value);
                 }
             }

@@ -59,7 +59,7 @@ impl HttpConfig {
 }
 
 /// Secrets belong into the environment: a source is kept in job files and shown in messages.
-fn check_url(text: &str) -> Result<(), String> {
+pub(super) fn check_url(text: &str) -> Result<(), String> {
     let url = Url::parse(text).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
     let url = url.ok_or_else(|| format!("'{text}' is no http or https address"))?;
     if !url.username().is_empty() || url.password().is_some() {
@@ -76,26 +76,29 @@ fn check_url(text: &str) -> Result<(), String> {
 const OWN_HEADERS: [&str; 6] =
     ["accept-encoding", "content-length", "host", "if-range", "range", "transfer-encoding"];
 
-fn check_header(header: &str, variable: &str) -> Result<(), String> {
+pub(super) fn check_header(header: &str, variable: &str) -> Result<(), String> {
     let name = HeaderName::from_bytes(header.as_bytes());
     let name = name.map_err(|_| format!("headers_env: '{header}' is no name of a header"))?;
     if OWN_HEADERS.contains(&name.as_str()) {
         return Err(format!("headers_env: {header} is set by the program itself"));
     }
+    check_variable(&format!("headers_env: {header}"), variable, "DATA_TOKEN")
+}
+
+/// That `variable` can be the name of an environment variable; `key` is where it is named.
+pub(super) fn check_variable(key: &str, variable: &str, example: &str) -> Result<(), String> {
     let is_name = !variable.is_empty()
         && variable.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
         && !variable.starts_with(|c: char| c.is_ascii_digit());
     if !is_name {
         // What stands there instead may be the secret itself, so it is not repeated.
-        return Err(format!(
-            "headers_env: {header} must name an environment variable that holds the value, as in DATA_TOKEN"
-        ));
+        return Err(format!("{key} must name an environment variable that holds the value, as in {example}"));
     }
     Ok(())
 }
 
 /// Reads the headers' values from the environment.
-fn headers(headers_env: &BTreeMap<String, String>) -> Result<HeaderMap, String> {
+pub(super) fn headers(headers_env: &BTreeMap<String, String>) -> Result<HeaderMap, String> {
     let mut headers = HeaderMap::new();
     for (header, variable) in headers_env {
         let value = std::env::var(variable).map_err(|_| {
@@ -191,7 +194,7 @@ fn shown(url: &Url) -> String {
     url.into()
 }
 
-fn client(url: &Url, patience: Patience) -> Result<reqwest::Client, String> {
+pub(super) fn client(url: &Url, patience: Patience) -> Result<reqwest::Client, String> {
     // Fails when somebody installed a provider before, which then serves as well.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let mut headers = HeaderMap::new();
@@ -217,10 +220,14 @@ fn client(url: &Url, patience: Patience) -> Result<reqwest::Client, String> {
 }
 
 /// An error with its causes and without the address, whose query may hold what is not for messages.
-fn words(error: reqwest::Error) -> String {
+pub(super) fn words(error: reqwest::Error) -> String {
     let error = error.without_url();
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(&error);
+    with_causes(error.to_string(), &error)
+}
+
+/// A text with those causes of an error that it does not hold yet.
+pub(super) fn with_causes(mut text: String, error: &dyn std::error::Error) -> String {
+    let mut cause = error.source();
     while let Some(inner) = cause {
         let inner_text = inner.to_string();
         if !text.contains(&inner_text) {

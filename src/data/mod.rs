@@ -6,12 +6,17 @@ mod cursor;
 mod decode;
 #[doc(hidden)]
 pub mod decoding;
+mod describe;
 mod filter;
 mod http;
 pub mod hub;
 mod local;
+mod mcp;
 mod object;
+mod qdrant;
 mod reader;
+mod resolve;
+mod retry;
 mod source;
 mod stream;
 #[cfg(test)]
@@ -27,6 +32,9 @@ pub use self::cursor::{Counts, Cursor};
 pub use self::filter::Filter;
 pub use self::http::HttpConfig;
 pub use self::local::LocalConfig;
+pub use self::mcp::McpConfig;
+pub use self::qdrant::QdrantConfig;
+pub use self::resolve::{Part, Resolved};
 pub use self::source::{FIELD_NAMES, Format, Location, SourceConfig, Template, usual_names};
 pub use self::stream::{BadRows, RecordStream};
 
@@ -48,11 +56,12 @@ impl Record {
     /// The value at a path: the field of exactly this name, else step by step into nested objects, as in
     /// `translation.hi`, and lists, as in `answers.0`.
     pub fn at(&self, path: &str) -> Option<&Value> {
-        value_at(&self.fields, path)
+        at(&self.fields, path)
     }
 }
 
-fn value_at<'r>(fields: &'r Map<String, Value>, path: &str) -> Option<&'r Value> {
+/// [`Record::at`], of fields that are no record yet.
+fn at<'a>(fields: &'a Map<String, Value>, path: &str) -> Option<&'a Value> {
     if let Some(value) = fields.get(path) {
         return Some(value);
     }
