@@ -106,7 +106,10 @@ fn a_peek_shows_the_first_records() {
     let (code, out, _) = said(dir.path(), &["sources", "peek", "bad", "-n", "9"]);
     assert_eq!((code, out.lines().count()), (Some(0), 2));
     let (code, out, err) = said(dir.path(), &["sources", "peek", "missing"]);
-    assert!(code == Some(1) && out.is_empty() && err.contains("source missing: ") && err.contains("nowhere"), "{err}");
+    assert!(
+        code == Some(1) && out.is_empty() && err.contains("source missing: ") && err.contains("nowhere"),
+        "{err}"
+    );
     let (code, _, err) = said(dir.path(), &["sources", "peek", "secret"]);
     assert!(code == Some(1) && err.contains("NOT_SET") && !err.contains("s3cr3t"), "{err}");
     let (code, _, err) = said(dir.path(), &["sources", "peek", "other"]);
@@ -156,12 +159,18 @@ fn a_connectors_file_that_cannot_be_is_refused_with_its_line_and_field() {
     let qdrant = "{type: qdrant, url: 'http://h', collection: c";
     for (text, parts) in [
         ("sources:\n  a: {type: local, path: x, paths: y}\n", &["sources.a", "paths", "line 2"][..]),
-        ("sources:\n  a: {type: local, path: x}\n  b:\n    type: local\n    path: [x]\n", &["sources.b", "path", "line"]),
+        (
+            "sources:\n  a: {type: local, path: x}\n  b:\n    type: local\n    path: [x]\n",
+            &["sources.b", "path", "line"],
+        ),
         ("sources:\n  a: {type: carrier-pigeon}\n", &["sources.a", "carrier-pigeon", "qdrant", "line 2"]),
         ("sources:\n  a: {path: x}\n", &["sources.a", "type", "line 2"]),
         (&format!("sources:\n  a: {qdrant}, page_size: many}}\n"), &["sources.a", "page_size", "line 2"]),
         (&format!("sources:\n\n  a: {qdrant}, page_size: 0}}\n"), &["sources.a", "page_size", "line 3"]),
-        ("sources:\n  a: {type: mcp, command: [x], tool: {name: t, rows: 1}}\n", &["sources.a", "rows", "line 2"]),
+        (
+            "sources:\n  a: {type: mcp, command: [x], tool: {name: t, rows: 1}}\n",
+            &["sources.a", "rows", "line 2"],
+        ),
         ("sources:\n  a: [\n", &["line"]),
         (&bomb, &["aliases", "line"]),
         (&format!("{bomb}sources:\n  a: {qdrant}, points_filter: {{must: *x9}}}}\n"), &["aliases", "line"]),
@@ -198,12 +207,17 @@ async fn the_server_lists_its_sources() {
     let (status, body) = server.get("/sources?mcp_config_path=broken.yml").await;
     assert_eq!((status, &body["error"]["param"]), (400, &json!("mcp_config_path")));
     let message = body["error"]["message"].as_str().unwrap();
-    assert!(message.contains("broken.yml") && message.contains("paths") && message.contains("line 2"), "{message}");
+    assert!(
+        message.contains("broken.yml") && message.contains("paths") && message.contains("line 2"),
+        "{message}"
+    );
     // The same at a job's request.
     let request = json!({"source": "a", "mcp_config_path": "broken.yml"});
     let (status, body) = server.post("/adapter/train-lite", &request).await;
     assert_eq!((status, body["error"]["message"].as_str()), (400, Some(message)));
-    for wrong in ["/sources?mcp_config_path=../x.yml", "/sources?mcp_config_path=none.yml", "/sources?other=1"] {
+    for wrong in
+        ["/sources?mcp_config_path=../x.yml", "/sources?mcp_config_path=none.yml", "/sources?other=1"]
+    {
         let (status, body) = server.get(wrong).await;
         assert_eq!(status, 400, "{wrong}: {body}");
     }
@@ -217,7 +231,9 @@ const SETTINGS: &str = "r: 4\nlearning_rate: 0.003\nbatch_size: 2\ngradient_accu
 fn python() -> Option<PathBuf> {
     let python = std::env::var_os("GURUKUL_TEST_PYTHON").map(PathBuf::from);
     if python.is_none() {
-        eprintln!("skipped: GURUKUL_TEST_PYTHON names no interpreter with the packages mcp and qdrant-client");
+        eprintln!(
+            "skipped: GURUKUL_TEST_PYTHON names no interpreter with the packages mcp and qdrant-client"
+        );
     }
     python
 }
@@ -308,7 +324,8 @@ fn a_job_learns_from_a_tool_of_an_mcp_server_and_goes_on_at_its_page() {
     let Some(python) = python() else { return };
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/mcp_server.py");
     let connectors = |folder: &Path| {
-        let command = json!([python, script, "--rows", "200", "--page", "20", "--log", folder.join("cursors")]);
+        let command =
+            json!([python, script, "--rows", "200", "--page", "20", "--log", folder.join("cursors")]);
         format!(
             "sources:\n  lessons:\n    type: mcp\n    command: {command}\n    tool: {{name: paged, cursor_argument: \
              cursor, cursor_path: page.next, rows_path: page.rows}}\n"
@@ -318,7 +335,10 @@ fn a_job_learns_from_a_tool_of_an_mcp_server_and_goes_on_at_its_page() {
     let cursors = std::fs::read_to_string(killed.path().join("cursors")).unwrap();
     assert_eq!(cursors.lines().filter(|cursor| *cursor == "None").count(), 1, "{cursors}");
     let (code, out, err) = said(killed.path(), &["sources", "check", "lessons"]);
-    assert!(code == Some(0) && out.contains("tool paged, 20 rows") && out.contains("200 records"), "{out}{err}");
+    assert!(
+        code == Some(0) && out.contains("tool paged, 20 rows") && out.contains("200 records"),
+        "{out}{err}"
+    );
     let (code, out, _) = said(killed.path(), &["sources", "peek", "lessons", "-n", "1"]);
     assert_eq!(code, Some(0));
     assert_eq!(serde_json::from_str::<Value>(&out).unwrap()["prompt"], "What is lesson 0?");

@@ -35,7 +35,8 @@ fn describe_training(settings: &Settings) -> anyhow::Result<String> {
     let of = |name: &str| format!("{}", folder.join(name).display());
     AdapterConfig::load(folder, None, &serde_json::Map::new()).with_context(|| of(adapter::FILE_NAME))?;
     let connectors = Connectors::load(folder, None).with_context(|| of(connectors::FILE_NAME))?;
-    let mut text = format!("# {}: can be used\n# {}: can be used; ", of(adapter::FILE_NAME), of(connectors::FILE_NAME));
+    let mut text =
+        format!("# {}: can be used\n# {}: can be used; ", of(adapter::FILE_NAME), of(connectors::FILE_NAME));
     let mut sources = connectors.iter().peekable();
     text += if sources.peek().is_some() { "its sources:" } else { "it has no sources" };
     for (name, source) in sources {

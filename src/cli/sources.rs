@@ -13,7 +13,7 @@ use super::train::located;
 use crate::app::CannotStart;
 use crate::config::Settings;
 use crate::config::connectors::Connectors;
-use crate::data::{Cursor, Resolved, SourceConfig, Template};
+use crate::data::{Cursor, RecordStream, SourceConfig, Survey, Template};
 use crate::train::template::decide;
 
 /// Files that `check` looks at.
@@ -84,7 +84,8 @@ fn load(args: &Args, settings: &Settings) -> anyhow::Result<Connectors> {
 
 /// A table; a line when there is nothing to put into it.
 fn list(connectors: &Connectors) -> String {
-    let width = |texts: &mut dyn Iterator<Item = &str>| texts.map(|text| text.chars().count()).max().unwrap_or(0);
+    let width =
+        |texts: &mut dyn Iterator<Item = &str>| texts.map(|text| text.chars().count()).max().unwrap_or(0);
     let names = width(&mut connectors.names());
     let kinds = width(&mut connectors.iter().map(|(_, source)| source.kind()));
     let line = |(name, source): (&str, &SourceConfig)| {
@@ -95,7 +96,7 @@ fn list(connectors: &Connectors) -> String {
 }
 
 async fn peek(name: &str, source: &SourceConfig, records: usize) -> anyhow::Result<()> {
-    let mut stream = source.open(name, Cursor::default());
+    let mut stream = source.open_whole(name);
     for _ in 0..records {
         let Some(record) = stream.next().await.transpose()? else { break };
         print(&format!("{}\n", Value::Object(record.fields)))?;
@@ -106,7 +107,7 @@ async fn peek(name: &str, source: &SourceConfig, records: usize) -> anyhow::Resu
 /// Prints what is found as it is found; what is wrong is the error.
 async fn check(name: &str, source: &SourceConfig, limit: Duration) -> anyhow::Result<()> {
     print(&format!("source {name} ({}): {}\n", source.kind(), source.description()))?;
-    print(&resolved(&source.resolve(name, MAX_FILES).await?))?;
+    print(&parts(&source.survey(name, MAX_FILES).await?))?;
 
     let begun = Instant::now();
     let mut stream = source.open(name, Cursor::default());
@@ -118,11 +119,15 @@ async fn check(name: &str, source: &SourceConfig, limit: Duration) -> anyhow::Re
         // The first record may take as long as the source's patience lasts.
         let item = match first {
             None => stream.next().await,
-            Some(_) => match tokio::time::timeout(limit.saturating_sub(begun.elapsed()), stream.next()).await {
+            Some(_) => match tokio::time::timeout(limit.saturating_sub(begun.elapsed()), stream.next()).await
+            {
                 Ok(item) => item,
                 Err(_) => break,
             },
         };
+        for note in stream.take_notes() {
+            print(&format!("{note}\n"))?;
+        }
         let Some(record) = item.transpose()? else {
             ended = true;
             break;
@@ -143,7 +148,9 @@ async fn check(name: &str, source: &SourceConfig, limit: Duration) -> anyhow::Re
     let took = begun.elapsed();
     print(&figures(&stream, bytes, took, ended))?;
     if first.is_none() {
-        return Err(anyhow!("source {name} gives no records; correct where it lies, its format or its filter"));
+        return Err(anyhow!(
+            "source {name} gives no records; correct where it lies, its format or its filter"
+        ));
     }
     let template = template.map_err(|why| anyhow!("no record says which template to use: it {why}"))?;
     print(&format!("template {}\n", template.name()))?;
@@ -156,9 +163,9 @@ fn of_source(source: &SourceConfig) -> Option<Template> {
     source.template.filter(|template| *template != Template::Auto)
 }
 
-fn resolved(resolved: &Resolved) -> String {
+fn parts(survey: &Survey) -> String {
     let mut text = String::new();
-    for part in &resolved.parts {
+    for part in &survey.parts {
         text += &format!("  {}", part.name);
         if let Some(bytes) = part.bytes {
             text += &format!(", {bytes} bytes");
@@ -171,16 +178,16 @@ fn resolved(resolved: &Resolved) -> String {
         }
         text.push('\n');
     }
-    if resolved.more {
+    if survey.more {
         text += "  and more\n";
     }
     text
 }
 
-fn figures(stream: &crate::data::RecordStream, bytes: usize, took: Duration, ended: bool) -> String {
+fn figures(stream: &RecordStream, bytes: usize, took: Duration, ended: bool) -> String {
     let seconds = took.as_secs_f64().max(1e-9);
     let rows = stream.rows();
-    let records = stream.cursor().records;
+    let records = stream.cursor().counts.records;
     let end = if ended { ", and that is all" } else { "" };
     let mut text = format!(
         "{records} records in {seconds:.1} s: {:.0} records/s, {:.1} MB/s of text{end}\n",
@@ -188,6 +195,9 @@ fn figures(stream: &crate::data::RecordStream, bytes: usize, took: Duration, end
         bytes as f64 / 1e6 / seconds,
     );
     text += &format!("{} of {} rows cannot be used\n", rows.bad, rows.rows);
+    if rows.filtered > 0 {
+        text += &format!("{} rows are kept out by the filter\n", rows.filtered);
+    }
     for reason in &rows.reasons {
         text += &format!("  {reason}\n");
     }

@@ -70,8 +70,7 @@ impl Connectors {
                 None => Ok(Self { sources: BTreeMap::new(), file: name.to_owned() }),
             };
         };
-        let typed: Option<Typed> =
-            yaml::read(&text).map_err(|error| named::unusable(FIELD, name, &error))?;
+        let typed: Option<Typed> = yaml::read(&text).map_err(|error| named::unusable(FIELD, name, &error))?;
         let sources = typed.and_then(|typed| typed.sources).map(|named| named.0).unwrap_or_default();
         if let Some(source) = sources.keys().find(|source| !is_name(source)) {
             let why = format!(
@@ -80,7 +79,15 @@ impl Connectors {
             );
             return Err(named::unusable(FIELD, name, &why));
         }
-        Ok(Self { sources, file: name.to_owned() })
+        let find = |wanted: &str| sources.get_key_value(wanted).map(|(name, source)| (name.as_str(), source));
+        let resolved: Result<BTreeMap<String, SourceConfig>, FieldError> = sources
+            .iter()
+            .map(|(source, config)| match config.resolve(source, &find) {
+                Ok(config) => Ok((source.clone(), config)),
+                Err(why) => Err(named::unusable(FIELD, name, &format!("sources.{source}: {why}"))),
+            })
+            .collect();
+        Ok(Self { sources: resolved?, file: name.to_owned() })
     }
 
     /// A source by its name.

@@ -30,7 +30,16 @@ fn the_shipped_file_is_a_template_that_works() {
         })
         .collect();
     let all = load(&uncommented).unwrap();
-    for name in ["questions", "remote", "translations", "points", "rows-of-a-tool", "resources", "mixed", "with-a-fallback"] {
+    for name in [
+        "questions",
+        "remote",
+        "translations",
+        "points",
+        "rows-of-a-tool",
+        "resources",
+        "mixed",
+        "with-a-fallback",
+    ] {
         assert!(has(&all, name), "{name}");
     }
     assert_eq!(all.source("translations").unwrap().fields["target"], "translation.hi");

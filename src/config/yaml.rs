@@ -4,7 +4,8 @@
 use std::fmt;
 
 use serde::de::{
-    DeserializeOwned, DeserializeSeed, Deserializer, EnumAccess, Error, MapAccess, SeqAccess, VariantAccess, Visitor,
+    DeserializeOwned, DeserializeSeed, Deserializer, EnumAccess, Error, MapAccess, SeqAccess, VariantAccess,
+    Visitor,
 };
 
 /// Values that a file may hold once its aliases are followed.
@@ -127,7 +128,9 @@ mod tests {
 
     #[test]
     fn files_are_read_as_they_are() {
-        for text in ["", "a: 1\nb: [x, 2.5, true, null, -3]\n", "- &a {b: c}\n- *a\n", "a: 18446744073709551615\n"] {
+        for text in
+            ["", "a: 1\nb: [x, 2.5, true, null, -3]\n", "- &a {b: c}\n- *a\n", "a: 18446744073709551615\n"]
+        {
             assert_eq!(read::<Value>(text).unwrap(), serde_yaml::from_str::<Value>(text).unwrap(), "{text}");
         }
         let error = read::<Value>("a: 1\nb: [x\n").unwrap_err().to_string();

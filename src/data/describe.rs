@@ -12,6 +12,11 @@ impl SourceConfig {
             Location::Http(http) => http.describe(),
             Location::Qdrant(qdrant) => qdrant.describe(),
             Location::Mcp(mcp) => mcp.describe(),
+            Location::Mix(mix) => {
+                let parts = mix.sources.iter().map(|part| format!("{} × {}", part.source, part.weight));
+                parts.collect::<Vec<_>>().join(", ")
+            }
+            Location::Fallback(list) => list.sources.join(", else "),
         }
     }
 }
@@ -92,8 +97,16 @@ mod tests {
     fn a_line_says_where_and_no_secret() {
         for (typed, expected) in [
             (json!({"type": "local", "path": "data/*.jsonl"}), "data/*.jsonl"),
+            (
+                json!({"type": "mix", "sources": [{"source": "a", "weight": 2.5}, {"source": "b"}]}),
+                "a × 2.5, b × 1",
+            ),
+            (json!({"type": "fallback", "sources": ["a", "b"]}), "a, else b"),
             (json!({"type": "http", "url": "https://h/a?token=s3cr3t"}), "https://h/a"),
-            (json!({"type": "http", "urls": ["http://h/a", "http://h/b", "http://h/c"]}), "http://h/a and 2 more"),
+            (
+                json!({"type": "http", "urls": ["http://h/a", "http://h/b", "http://h/c"]}),
+                "http://h/a and 2 more",
+            ),
             (
                 json!({"type": "qdrant", "url": "http://h:6333/", "collection": "c", "api_key_env": "KEY"}),
                 "collection c at http://h:6333",

@@ -123,8 +123,8 @@ fn in_folder(folder: &Path, format: Format) -> Result<Vec<PathBuf>, String> {
     found.retain(|(name, path)| is_wanted(name) && !path.is_dir());
     if found.is_empty() {
         return Err(format!(
-            "the folder {} has no file with an extension that is known (jsonl, json, csv, tsv, txt, each also \
-             with .gz); set format, or correct path",
+            "the folder {} has no file with an extension that is known (parquet, jsonl, json, csv, tsv, txt, each \
+             but the first also with .gz or .zst); set format, or correct path",
             folder.display()
         ));
     }

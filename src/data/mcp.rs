@@ -3,9 +3,9 @@
 
 mod resource;
 mod server;
-mod tool;
 #[cfg(test)]
 mod tests;
+mod tool;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -178,16 +178,21 @@ impl ToolConfig {
         }
         let empty = |text: &Option<String>| text.as_ref().is_some_and(|text| text.is_empty());
         if empty(&self.cursor_argument) || empty(&self.cursor_path) || empty(&self.rows_path) {
-            return Err("tool: cursor_argument, cursor_path and rows_path name something or are left away".into());
+            return Err(
+                "tool: cursor_argument, cursor_path and rows_path name something or are left away".into()
+            );
         }
         match (&self.cursor_argument, &self.cursor_path) {
             (Some(_), None) => {
-                Err("tool: cursor_argument needs cursor_path, where a result has the cursor of the next page".into())
+                Err("tool: cursor_argument needs cursor_path, where a result has the cursor of the next page"
+                    .into())
             }
-            (None, Some(_)) => Err("tool: cursor_path needs cursor_argument, the argument that takes the cursor".into()),
-            (Some(argument), Some(_)) if self.arguments.contains_key(argument) => {
-                Err(format!("tool: {argument} is in arguments, yet takes the cursor; take it out of arguments"))
+            (None, Some(_)) => {
+                Err("tool: cursor_path needs cursor_argument, the argument that takes the cursor".into())
             }
+            (Some(argument), Some(_)) if self.arguments.contains_key(argument) => Err(format!(
+                "tool: {argument} is in arguments, yet takes the cursor; take it out of arguments"
+            )),
             (Some(_), Some(_)) if self.rows_path.is_none() => {
                 Err("tool: cursor_path needs rows_path, where a result has the rows beside the cursor".into())
             }
@@ -227,7 +232,9 @@ impl ResourceChoice {
         for (name, values) in &template.values {
             let n = match values {
                 Values::List(list) => list.len() as u64,
-                Values::Range(Range { from, to }) => (i128::from(*to) - i128::from(*from) + 1).clamp(0, i128::from(u64::MAX)) as u64,
+                Values::Range(Range { from, to }) => {
+                    (i128::from(*to) - i128::from(*from) + 1).clamp(0, i128::from(u64::MAX)) as u64
+                }
             };
             if n == 0 {
                 return Err(format!("resources: values of {name} are none; list some, or give from and to"));
@@ -235,7 +242,9 @@ impl ResourceChoice {
             count = count.saturating_mul(n);
         }
         *left = left.checked_sub(count).ok_or_else(|| {
-            format!("resources: the templates stand for more than {MAX_EXPANDED} resources; take fewer values")
+            format!(
+                "resources: the templates stand for more than {MAX_EXPANDED} resources; take fewer values"
+            )
         })?;
         Ok(())
     }
@@ -249,7 +258,10 @@ fn check_uri(uri: &str) -> Result<(), String> {
     });
     if !is_scheme || uri.len() > 4096 || uri.contains(char::is_whitespace) {
         let shown: String = uri.chars().take(80).collect();
-        return Err(format!("resources: '{}' is no URI; write one as in notes://all/lessons.jsonl", shown.escape_debug()));
+        return Err(format!(
+            "resources: '{}' is no URI; write one as in notes://all/lessons.jsonl",
+            shown.escape_debug()
+        ));
     }
     Ok(())
 }
@@ -258,12 +270,15 @@ fn check_uri(uri: &str) -> Result<(), String> {
 fn names(template: &str) -> Result<BTreeSet<&str>, String> {
     let mut names = BTreeSet::new();
     for (text, name) in parts(template) {
-        let fits = |name: &str| !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+        let fits =
+            |name: &str| !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
         match name {
             Some(name) if fits(name) && !text.contains('}') => drop(names.insert(name)),
             None if !text.contains(['{', '}']) => {}
             _ => {
-                return Err(format!("resources: '{template}' is no template; write {{name}}, with letters, digits and _"));
+                return Err(format!(
+                    "resources: '{template}' is no template; write {{name}}, with letters, digits and _"
+                ));
             }
         }
     }

@@ -1,19 +1,22 @@
 //! Data from where it lies: streams of records to train on, and model files from a hub. Knows nothing of what the
 //! records are for.
 
+mod combined;
+mod cursor;
 mod decode;
 mod describe;
+mod filter;
 mod http;
 pub mod hub;
 mod local;
 mod mcp;
-#[allow(dead_code, reason = "seams that not every kind uses yet")]
 mod object;
 mod qdrant;
-mod resolve;
+mod reader;
 mod retry;
 mod source;
 mod stream;
+mod survey;
 #[cfg(test)]
 mod tests;
 
@@ -22,13 +25,16 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
+pub use self::combined::{FallbackConfig, MixConfig, MixPart};
+pub use self::cursor::{Counts, Cursor};
+pub use self::filter::Filter;
 pub use self::http::HttpConfig;
 pub use self::local::LocalConfig;
 pub use self::mcp::McpConfig;
 pub use self::qdrant::QdrantConfig;
-pub use self::resolve::{Part, Resolved};
-pub use self::source::{FIELD_NAMES, Format, Location, SourceConfig, Template};
-pub use self::stream::{BadRows, Cursor, RecordStream};
+pub use self::source::{FIELD_NAMES, Format, Location, SourceConfig, Template, usual_names};
+pub use self::stream::{BadRows, RecordStream};
+pub use self::survey::{Part, Survey};
 
 /// One record: a row, an object, a line of text.
 #[derive(Debug, Clone, PartialEq)]
@@ -48,12 +54,11 @@ impl Record {
     /// The value at a path: the field of exactly this name, else step by step into nested objects, as in
     /// `translation.hi`, and lists, as in `answers.0`.
     pub fn at(&self, path: &str) -> Option<&Value> {
-        at(&self.fields, path)
+        value_at(&self.fields, path)
     }
 }
 
-/// [`Record::at`], of fields that are no record yet.
-fn at<'a>(fields: &'a Map<String, Value>, path: &str) -> Option<&'a Value> {
+fn value_at<'r>(fields: &'r Map<String, Value>, path: &str) -> Option<&'r Value> {
     if let Some(value) = fields.get(path) {
         return Some(value);
     }
@@ -80,7 +85,7 @@ fn bytes_of(value: &Value) -> usize {
 pub struct Place {
     /// File or address.
     pub object: Arc<str>,
-    /// Line, or element of a JSON array; from 1.
+    /// Line, element of a JSON array, or row of a table; from 1.
     pub row: Row,
 }
 
@@ -89,8 +94,10 @@ pub struct Place {
 pub enum Row {
     /// Lines of the decompressed file.
     Line(u64),
-    /// Elements of an array.
+    /// Elements of an array, or of a page of rows.
     Element(u64),
+    /// Rows of a Parquet file.
+    Row(u64),
 }
 
 impl fmt::Display for Place {
@@ -104,6 +111,7 @@ impl fmt::Display for Row {
         match self {
             Self::Line(line) => write!(f, "line {line}"),
             Self::Element(element) => write!(f, "element {element}"),
+            Self::Row(row) => write!(f, "row {row}"),
         }
     }
 }

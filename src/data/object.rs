@@ -76,6 +76,7 @@ pub(super) enum Rows {
     /// Files, to be decoded.
     Files(Objects),
     /// Rows as they are.
+    #[allow(dead_code, reason = "the kinds that give pages come next")]
     Pages(Box<dyn Pages>),
 }
 
@@ -91,18 +92,19 @@ pub(super) struct Opening {
     /// Fields of the records that are needed, as paths; empty where all are.
     pub(super) fields: Vec<String>,
     /// [`Opened::pin`] of the opening that is continued.
+    #[allow(dead_code, reason = "the kinds that pin come next")]
     pub(super) pin: Option<String>,
 }
 
 impl Opening {
-    /// For reading from the beginning. Must be called inside the asynchronous runtime.
+    /// For reading everything from the beginning. Must be called inside the asynchronous runtime.
     pub(super) fn new(source: &SourceConfig, patience: Patience) -> Self {
         Self {
             runtime: tokio::runtime::Handle::current(),
             patience,
             stop: CancellationToken::new(),
             format: source.format,
-            fields: source.needed(),
+            fields: Vec::new(),
             pin: None,
         }
     }

@@ -60,7 +60,10 @@ impl QdrantConfig {
         if self.collection.trim().is_empty() {
             return Err("collection is missing; name a collection of the server".into());
         }
-        if self.collection.len() > 255 || self.collection.contains(['/', '\\']) || self.collection.contains(char::is_control) {
+        if self.collection.len() > 255
+            || self.collection.contains(['/', '\\'])
+            || self.collection.contains(char::is_control)
+        {
             return Err("collection: a name has at most 255 bytes and no slashes".into());
         }
         if let Some(variable) = &self.api_key_env {
@@ -125,8 +128,9 @@ impl QdrantConfig {
 }
 
 fn api_key(variable: &str) -> Result<HeaderValue, String> {
-    let key = std::env::var(variable)
-        .map_err(|_| format!("api_key_env: the environment variable {variable} is not set; put the key into it"))?;
+    let key = std::env::var(variable).map_err(|_| {
+        format!("api_key_env: the environment variable {variable} is not set; put the key into it")
+    })?;
     let mut key = HeaderValue::from_str(key.trim())
         .map_err(|_| format!("api_key_env: {variable} holds characters that no header can have"))?;
     key.set_sensitive(true);
@@ -155,9 +159,9 @@ impl Drop for Ahead {
 impl Pages for Points {
     fn page(&mut self, token: Option<&Value>) -> Result<Page, String> {
         let page = match self.ahead.take() {
-            Some(mut ahead) if Some(&ahead.token) == token => {
-                self.opening.wait(async { (&mut ahead.page).await.unwrap_or_else(|error| Err(error.to_string())) })?
-            }
+            Some(mut ahead) if Some(&ahead.token) == token => self
+                .opening
+                .wait(async { (&mut ahead.page).await.unwrap_or_else(|error| Err(error.to_string())) })?,
             _ => self.opening.wait(self.asker.page(token.cloned()))?,
         };
         if let Some(token) = page.next.clone() {
@@ -249,7 +253,9 @@ impl Asker {
             return Err(self.refused(&response, &bytes));
         }
         let scrolled: Scrolled = serde_json::from_slice(&bytes).map_err(|error| {
-            Failure::Final(format!("the answer is no page of points ({error}); is url the address of a Qdrant server?"))
+            Failure::Final(format!(
+                "the answer is no page of points ({error}); is url the address of a Qdrant server?"
+            ))
         })?;
         Ok(scrolled.result)
     }
@@ -269,13 +275,17 @@ impl Asker {
                  variable under api_key_env"
             ),
             (401 | 403, Some(variable)) => {
-                format!("the server does not accept the key in {variable}: {status}{because}; correct the variable")
+                format!(
+                    "the server does not accept the key in {variable}: {status}{because}; correct the variable"
+                )
             }
             (404, _) if said.is_some() => {
                 format!("there is no collection {}{because}; correct collection", self.collection)
             }
             (400 | 422, _) => {
-                format!("the server does not understand the request{because}; correct points_filter or with_payload")
+                format!(
+                    "the server does not understand the request{because}; correct points_filter or with_payload"
+                )
             }
             _ => format!("the server answered {status}{because}; is url the address of a Qdrant server?"),
         })

@@ -97,9 +97,13 @@ mod tests {
 
     #[test]
     fn a_server_says_when_to_come_back() {
-        for (header, expected) in
-            [(Some("2"), Some(2)), (Some(" 7 "), Some(7)), (Some("99999"), Some(60)), (Some("soon"), None), (None, None)]
-        {
+        for (header, expected) in [
+            (Some("2"), Some(2)),
+            (Some(" 7 "), Some(7)),
+            (Some("99999"), Some(60)),
+            (Some("soon"), None),
+            (None, None),
+        ] {
             let Failure::Passing { wait, .. } = Failure::after("busy", header) else { panic!("it passes") };
             assert_eq!(wait, expected.map(Duration::from_secs), "{header:?}");
         }

@@ -1,13 +1,15 @@
 //! What a source of records is, as the connectors file describes it and as a job keeps it: keys that every source
 //! has, and those of its kind. Says where data lies and how it is read; opens nothing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde::de::{DeserializeOwned, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
+use super::combined::{FallbackConfig, MixConfig};
+use super::filter::Filter;
 use super::http::HttpConfig;
 use super::local::LocalConfig;
 use super::mcp::McpConfig;
@@ -30,16 +32,31 @@ pub struct SourceConfig {
     pub source_language: Option<String>,
     /// Language of `target`.
     pub target_language: Option<String>,
-    /// Records that are passed over at the start.
+    /// Records that are passed over at the start, of those that the filter keeps.
     pub skip: u64,
     /// Share of rows that may be unusable, 0 to 1.
     pub max_bad_rows: f64,
+    /// Which records are wanted; without it, all.
+    pub filter: Option<Filter>,
     /// Bytes of decoded records that may wait to be taken.
     pub buffer_bytes: u64,
 }
 
 /// What `fields` can map.
 pub const FIELD_NAMES: [&str; 6] = ["prompt", "completion", "text", "messages", "source", "target"];
+
+/// What a field is called where a source does not say it, the likeliest name first.
+pub fn usual_names(field: &str) -> &'static [&'static str] {
+    match field {
+        "prompt" => &["prompt", "instruction", "question", "input"],
+        "completion" => &["completion", "output", "response", "answer"],
+        "text" => &["text"],
+        "messages" => &["messages"],
+        "source" => &["source"],
+        "target" => &["target"],
+        _ => &[],
+    }
+}
 
 /// Every kind once: its variant, its keys, and how `type` names it.
 macro_rules! kinds {
@@ -86,9 +103,13 @@ kinds! {
     Qdrant(QdrantConfig) = "qdrant",
     /// Resources or a tool of a Model Context Protocol server.
     Mcp(McpConfig) = "mcp",
+    /// Several sources by weight.
+    Mix(MixConfig) = "mix",
+    /// The first of several sources that works.
+    Fallback(FallbackConfig) = "fallback",
 }
 
-/// How rows are written. Any of them may be compressed with gzip.
+/// How rows are written. All but Parquet may be compressed with gzip or zstd.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
@@ -105,6 +126,10 @@ pub enum Format {
     Tsv,
     /// A text a line, as the field `text`; empty lines are left out.
     Txt,
+    /// A text a paragraph, as the field `text`; empty lines part them.
+    Paragraphs,
+    /// Columns in row groups; nested ones become objects and lists.
+    Parquet,
 }
 
 /// How a record becomes a text.
@@ -161,25 +186,32 @@ impl SourceConfig {
             target_language: common.target_language,
             skip: common.skip,
             max_bad_rows: common.max_bad_rows,
+            filter: common.filter,
             buffer_bytes: common.buffer_bytes,
-        }
-    }
-
-    /// Fields of a record that are enough, as paths; none where it is not known which are. A template whose fields
-    /// are mapped in part takes the others by their usual names.
-    pub(super) fn needed(&self) -> Vec<String> {
-        const TOGETHER: [&[&str]; 4] =
-            [&["prompt", "completion"], &["text"], &["messages"], &["source", "target"]];
-        let mapped = |name: &&str| self.fields.contains_key(*name);
-        match TOGETHER.iter().all(|names| names.iter().all(mapped) || !names.iter().any(mapped)) {
-            true => self.fields.values().cloned().collect(),
-            false => Vec::new(),
         }
     }
 
     /// The kind as `type` names it.
     pub fn kind(&self) -> &'static str {
         self.location.kind()
+    }
+
+    /// The fields that are needed, where the settings name all that a template takes; the filter's included.
+    pub(super) fn named_fields(&self) -> Option<BTreeSet<String>> {
+        let named = |fields: &[&str]| fields.iter().all(|field| self.fields.contains_key(*field));
+        let all: [(Template, &[&str]); 4] = [
+            (Template::Chat, &["messages"]),
+            (Template::PromptCompletion, &["prompt", "completion"]),
+            (Template::Translation, &["source", "target"]),
+            (Template::Text, &["text"]),
+        ];
+        let template = self.template.filter(|template| *template != Template::Auto);
+        let is_complete = match template {
+            Some(template) => all.iter().any(|(of, fields)| *of == template && named(fields)),
+            None => all.iter().any(|(_, fields)| named(fields)),
+        };
+        let filtered = self.filter.iter().filter_map(|filter| filter.field.clone());
+        is_complete.then(|| self.fields.values().cloned().chain(filtered).collect())
     }
 }
 
@@ -210,7 +242,7 @@ impl<'de> Deserialize<'de> for Keys {
 }
 
 /// The keys that a source of any kind may have.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct Common {
     format: Format,
@@ -224,11 +256,13 @@ struct Common {
     target_language: Option<String>,
     skip: u64,
     max_bad_rows: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    filter: Option<Filter>,
     buffer_bytes: u64,
 }
 
 /// Their names.
-const COMMON: [&str; 8] = [
+const COMMON: [&str; 9] = [
     "format",
     "fields",
     "template",
@@ -236,6 +270,7 @@ const COMMON: [&str; 8] = [
     "target_language",
     "skip",
     "max_bad_rows",
+    "filter",
     "buffer_bytes",
 ];
 
@@ -249,6 +284,7 @@ impl Default for Common {
             target_language: None,
             skip: 0,
             max_bad_rows: 0.01,
+            filter: None,
             buffer_bytes: 64 << 20,
         }
     }
@@ -282,11 +318,34 @@ impl Common {
                 self.max_bad_rows
             ));
         }
+        if let Some(filter) = &self.filter {
+            filter.check()?;
+        }
         if !BUFFER_BYTES.contains(&self.buffer_bytes) {
             let (least, most) = (BUFFER_BYTES.start(), BUFFER_BYTES.end());
             return Err(format!("buffer_bytes must be from {least} to {most}, not {}", self.buffer_bytes));
         }
         Ok(())
+    }
+}
+
+impl Common {
+    /// What a source that is made of others may say: how texts are made of all their records. The rest belongs to
+    /// each of them.
+    fn check_combined(&self) -> Result<(), String> {
+        let allowed = Self {
+            template: self.template,
+            source_language: self.source_language.clone(),
+            target_language: self.target_language.clone(),
+            ..Self::default()
+        };
+        match *self == allowed {
+            true => Ok(()),
+            false => Err(
+                "format, fields, skip, max_bad_rows, filter and buffer_bytes belong to the sources that it names"
+                    .into(),
+            ),
+        }
     }
 }
 
@@ -319,6 +378,9 @@ impl TryFrom<Keys> for SourceConfig {
         let location = Location::read(&kind, own)?;
         let common: Common = read(common)?;
         common.check()?;
+        if matches!(location, Location::Mix(_) | Location::Fallback(_)) {
+            common.check_combined()?;
+        }
         Ok(Self::of(location, common))
     }
 }
@@ -334,6 +396,7 @@ impl From<SourceConfig> for Map<String, Value> {
             target_language: config.target_language,
             skip: config.skip,
             max_bad_rows: config.max_bad_rows,
+            filter: config.filter,
             buffer_bytes: config.buffer_bytes,
         };
         for part in [config.location.keys(), serde_json::to_value(common)] {

@@ -1,7 +1,10 @@
 //! Sources from files to records: formats, compression, what is broken, and going on at a cursor. The files are
 //! real ones in a temporary folder; [`http`] does the same with a server.
 
+mod combined;
 mod http;
+mod parquet;
+mod resume;
 
 use std::io::{Read, Write as _};
 use std::ops::ControlFlow;
@@ -12,8 +15,12 @@ use futures::StreamExt as _;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use super::decode::{Broken, MAX_ROW_BYTES, decode};
+use super::decode::{Begun, Broken, Decoder, MAX_ROW_BYTES};
 use super::*;
+
+pub(super) fn zstd(bytes: &[u8]) -> Vec<u8> {
+    ::zstd::encode_all(bytes, 1).unwrap()
+}
 
 pub(super) fn gzip(bytes: &[u8]) -> Vec<u8> {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
@@ -51,11 +58,15 @@ async fn read(name: &str, bytes: &[u8], rest: Value) -> (Vec<Value>, Option<Stri
 }
 
 /// Rows and the end of decoding, with rows as text.
-fn decoded(format: Format, name: &str, reader: impl Read) -> (Vec<String>, Option<Broken>) {
+fn decoded(format: Format, name: &str, reader: impl Read + Send) -> (Vec<String>, Option<Broken>) {
     let mut rows = Vec::new();
-    let result = decode(format, name, reader, &mut |row, found| {
-        rows.push(format!("{row}: {found:?}"));
-        ControlFlow::Continue(())
+    let begun = Decoder::begin(format, name, reader);
+    let result = begun.and_then(|begun| match begun {
+        Begun::Parquet => Err(Broken::of("Parquet")),
+        Begun::Rows(decoder) => decoder.run(&mut |row, found, _| {
+            rows.push(format!("{row}: {found:?}"));
+            ControlFlow::Continue(())
+        }),
     });
     (rows, result.err())
 }
@@ -105,6 +116,10 @@ async fn formats_give_the_same_records() {
         ("b.CSV.GZ", gzip(csv.as_bytes())),
         // As cat makes it of two files.
         ("two.jsonl.gz", [gzip(&jsonl.as_bytes()[..20]), gzip(&jsonl.as_bytes()[20..])].concat()),
+        ("a.jsonl.zst", zstd(jsonl.as_bytes())),
+        ("misnamed.csv", zstd(&bom(csv))),
+        ("two.json.zst", [zstd(&array.as_bytes()[..20]), zstd(&array.as_bytes()[20..])].concat()),
+        ("padded.jsonl.gz", [&gzip(jsonl.as_bytes())[..], &[0; 600]].concat()),
         ("unknown", jsonl.clone().into_bytes()),
         ("unknown", array.into_bytes()),
     ] {
@@ -129,9 +144,91 @@ async fn lines_and_tabs() {
 }
 
 #[tokio::test]
+async fn paragraphs_end_at_empty_lines() {
+    let text = "\n\none\nmore\n\n  \t\r\ntwo\r\nmore\r\n\r\n\n\u{939}three";
+    let paragraphs = json!({"format": "paragraphs"});
+    let (records, error) = read("a.txt", text.as_bytes(), paragraphs.clone()).await;
+    assert_eq!(error, None);
+    let texts: Vec<&str> = records.iter().map(|record| record["text"].as_str().unwrap()).collect();
+    assert_eq!(texts, ["one\nmore", "two\nmore", "हthree"]);
+    let (_, error) = read("a.txt", b"good\n\nbad\n\xff\n\ngood\n", paragraphs.clone()).await;
+    assert!(error.unwrap().contains("line 3: no UTF-8 at byte 5 of the paragraph"));
+    assert_eq!(read("a.txt", b"\n \n\n", paragraphs).await, (vec![], None));
+}
+
+#[tokio::test]
+async fn filters_keep_what_fits_and_count_the_rest() {
+    let rows = [
+        json!({"text": "यह एक छोटा सा वाक्य है और यह हिन्दी में है।", "n": 1}),
+        json!({"text": "This is a sentence in English.", "n": 2}),
+        json!({"text": "छोटा", "n": 3}),
+        json!({"text": "यह half half है mixed text with more Latin", "n": 4}),
+        json!({"text": "क्षि", "n": 5}),
+    ];
+    let jsonl: String = rows.iter().map(|row| format!("{row}\n")).collect();
+    for (filter, expected) in [
+        (json!({"language": "hi"}), vec![1, 3, 5]),
+        (json!({"language": "English"}), vec![2, 4]),
+        (json!({"script": "devanagari"}), vec![1, 3, 5]),
+        (json!({"script": "Devanagari", "min_script_share": 0.1}), vec![1, 3, 4, 5]),
+        (json!({"min_chars": 10}), vec![1, 2, 4]),
+        (json!({"max_chars": 1}), vec![5]),
+        (json!({"min_chars": 2, "max_chars": 20}), vec![3]),
+        (json!({"field": "text", "min_chars": 40}), vec![4]),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.jsonl");
+        std::fs::write(&path, &jsonl).unwrap();
+        let mut stream = config(&path, json!({"filter": filter})).open("s", Cursor::default());
+        let mut kept = Vec::new();
+        while let Some(record) = stream.next().await {
+            kept.push(record.unwrap().fields["n"].as_i64().unwrap());
+        }
+        assert_eq!(kept, expected, "{filter}");
+        let rows = stream.rows();
+        assert_eq!((rows.rows, rows.bad, rows.filtered), (5, 0, 5 - expected.len() as u64), "{filter}");
+    }
+    // What is skipped is counted behind the filter; a field that is missing is a bad row.
+    let keep = json!({"filter": {"language": "hi"}, "skip": 1});
+    let (records, _) = read("a.jsonl", jsonl.as_bytes(), keep).await;
+    assert_eq!(records.iter().map(|r| r["n"].as_i64().unwrap()).collect::<Vec<_>>(), [3, 5]);
+    let (_, error) =
+        read("a.jsonl", jsonl.as_bytes(), json!({"filter": {"field": "x", "min_chars": 1}})).await;
+    assert!(error.unwrap().contains("line 1: there is no field x to filter by"));
+    // Without a field, it is the text that is learnt.
+    let chat = json!({"messages": [{"role": "user", "content": "नमस्ते"}, {"role": "assistant", "content": "Hello there"}]});
+    for (filter, kept) in [(json!({"language": "en"}), 1), (json!({"language": "hi"}), 0)] {
+        let (records, error) = read("a.jsonl", chat.to_string().as_bytes(), json!({"filter": filter})).await;
+        assert_eq!((records.len(), error), (kept, None));
+    }
+}
+
+#[tokio::test]
+async fn no_more_is_decoded_than_there_is_room_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.jsonl");
+    let line = json!({"text": "x".repeat(1000)}).to_string() + "\n";
+    std::fs::write(&path, line.repeat(20_000)).unwrap();
+    let mut stream = config(&path, json!({"buffer_bytes": 1 << 20})).open("s", Cursor::default());
+    stream.next().await.unwrap().unwrap();
+    // Long enough to decode all 20 MB, were nothing in the way.
+    tokio::time::sleep(Duration::from_millis(800)).await;
+    let waiting = stream.waiting();
+    assert!((200..1200).contains(&waiting), "{waiting}");
+    let (rest, error) = drain(stream).await;
+    assert_eq!((rest.len(), error), (19_999, None));
+    // A row that is larger than the room comes through.
+    let large = json!({"text": "x".repeat(3 << 20)}).to_string();
+    let (records, error) =
+        read("a.jsonl", format!("{large}\n{large}").as_bytes(), json!({"buffer_bytes": 1 << 16})).await;
+    assert_eq!((records.len(), error), (2, None));
+}
+
+#[tokio::test]
 async fn broken_data_names_place_and_reason() {
     let zipped = gzip(&[b'x'; 5000].repeat(40));
-    let deep = format!("[{}", "[".repeat(4000));
+    let packed = zstd(&[b'x'; 5000].repeat(40));
+    let deep = format!("[{{\"a\":{}{}}}]", "[".repeat(4000), "]".repeat(4000));
     for (name, bytes, expected) in [
         ("a.jsonl", &b"{\"a\":1}\n{\"a\":}\n"[..], "line 2: no JSON object: expected value, column 6"),
         ("a.jsonl", b"[1]\n", "line 1: no JSON object: invalid type"),
@@ -146,9 +243,14 @@ async fn broken_data_names_place_and_reason() {
         ("a.json", b"[{}] {}", "trailing characters"),
         ("a.json", b"[{}, ]", "a.json, element 2"),
         ("a.json", deep.as_bytes(), "recursion limit"),
+        ("a.json", b"[{}, {\"a\": }]", "element 2: no JSON object: expected value"),
+        ("a.json", b"[{} {}]", "expected , or ]"),
+        ("a.json", b"[}]", "expected a value"),
         ("a.json", b"7", "is no JSON"),
-        ("a.parquet", b"PAR1....", "Parquet"),
-        ("a.jsonl.zst", &[0x28, 0xb5, 0x2f, 0xfd, 0], "zstd"),
+        ("a.parquet", b"PAR1....", "is no whole Parquet file"),
+        ("a.jsonl.zst", &[0x28, 0xb5, 0x2f, 0xfd, 0], "the zstd data is"),
+        ("a.jsonl.zst", &packed[..packed.len() - 3], "the zstd data is cut off: it ends at byte"),
+        ("a.jsonl.bz2", b"BZh91AY", "bzip2"),
         ("a.csv", b"\xff\xfea\0", "UTF-16"),
         ("a", b"hello", "set format to"),
         ("a.txt.gz", &zipped[..zipped.len() - 9], "the gzip data is cut off: it ends at byte"),
@@ -264,34 +366,6 @@ async fn what_the_taker_refuses_counts_as_bad() {
     let (rest, error) = drain(again).await;
     assert_eq!(rest.len(), 38);
     assert!(error.unwrap().contains("2 of 100 rows"));
-    let mut late = config.open("s", Cursor { records: 120, refused: 0 });
-    late.next().await.unwrap().unwrap();
-    late.refuse("no".into()).unwrap();
-    assert!(late.refuse("no".into()).unwrap_err().to_string().contains("2 of 121 rows"));
-}
-
-#[tokio::test]
-async fn a_cursor_goes_on_where_it_was_taken() {
-    let dir = tempfile::tempdir().unwrap();
-    for file in 0..3 {
-        let lines: String = (0..50).map(|i| format!("{{\"n\":{}}}\n", file * 50 + i)).collect();
-        std::fs::write(dir.path().join(format!("{file}.jsonl")), lines + "bad\n").unwrap();
-    }
-    let config = config(dir.path(), json!({"skip": 7, "max_bad_rows": 0.1}));
-    let (all, error) = drain(config.open("s", Cursor::default())).await;
-    assert_eq!((all.len(), error), (143, None));
-    for taken in [0, 1, 43, 44, 100, 142, 143] {
-        let mut stream = config.open("s", Cursor::default());
-        for _ in 0..taken {
-            stream.next().await.unwrap().unwrap();
-        }
-        let cursor = serde_json::to_string(&stream.cursor()).unwrap();
-        drop(stream);
-        let (rest, error) = drain(config.open("s", serde_json::from_str(&cursor).unwrap())).await;
-        assert_eq!((&rest[..], error), (&all[taken..], None));
-    }
-    let (_, error) = drain(config.open("s", Cursor { records: 200, refused: 0 })).await;
-    assert!(error.unwrap().contains("fewer records than the 200"));
 }
 
 #[tokio::test]
@@ -364,7 +438,27 @@ fn configurations_say_what_is_wrong_with_them() {
         (json!({"type": "ftp", "path": "x"}), "ftp"),
         (json!({"type": "local"}), "path is missing"),
         (json!({"type": "local", "path": " "}), "path is missing"),
-        (json!({"type": "local", "path": "a", "url": "http://x"}), "are for type: http"),
+        (
+            json!({"type": "local", "path": "a", "url": "http://x"}),
+            "unknown field `url`, expected `path`; any source",
+        ),
+        (json!({"type": 3, "path": "a"}), "type must be one of local, http"),
+        (json!({"type": "local", "path": 3}), "path: invalid type: integer `3`, expected a string"),
+        (json!({"type": "local", "path": "a", "buffer_bytes": 10}), "buffer_bytes must be from"),
+        (json!({"type": "local", "path": "a", "filter": {}}), "filter: give language, script"),
+        (json!({"type": "local", "path": "a", "filter": {"language": "xx"}}), "use one of hi"),
+        (json!({"type": "local", "path": "a", "filter": {"script": "Runes"}}), "use one of Devanagari"),
+        (json!({"type": "local", "path": "a", "filter": {"min_script_share": 0.5}}), "needs a script"),
+        (
+            json!({"type": "local", "path": "a", "filter": {"min_chars": 9, "max_chars": 8}}),
+            "is more than max_chars",
+        ),
+        (json!({"type": "local", "path": "a", "filter": {"lang": "hi"}}), "unknown field `lang`"),
+        (json!({"type": "mix"}), "sources is missing"),
+        (json!({"type": "mix", "sources": [{"source": "a", "weight": 0}]}), "the weight of a must be"),
+        (json!({"type": "mix", "sources": [{"source": "a"}, {"source": "a"}]}), "a is named twice"),
+        (json!({"type": "mix", "sources": [{"source": "a"}], "skip": 3}), "belong to the sources"),
+        (json!({"type": "fallback", "sources": []}), "sources is missing"),
         (json!({"type": "local", "path": "a/**/b"}), "**"),
         (json!({"type": "local", "path": "a", "folder": "b"}), "folder"),
         (json!({"type": "local", "path": "a", "max_bad_rows": 1.5}), "max_bad_rows"),
@@ -381,7 +475,10 @@ fn configurations_say_what_is_wrong_with_them() {
         (json!({"type": "http", "url": "http://a", "urls": ["http://b"]}), "either url"),
         (json!({"type": "http", "url": "file:///etc/passwd"}), "no http or https"),
         (json!({"type": "http", "url": "x"}), "no http or https"),
-        (json!({"type": "http", "url": "http://a", "path": "x"}), "path is for type: local"),
+        (
+            json!({"type": "http", "url": "http://a", "path": "x"}),
+            "unknown field `path`, expected one of `url`, `urls`, `headers_env`",
+        ),
         (json!({"type": "http", "url": "https://me:pw@host/x"}), "headers_env"),
         (json!({"type": "http", "url": "http://a", "headers_env": {"a b": "X"}}), "no name of a header"),
         (json!({"type": "http", "url": "http://a", "headers_env": {"Range": "X"}}), "program itself"),
@@ -412,7 +509,7 @@ proptest! {
         lines in prop::collection::vec("[a-zक-ह{}\",:0-9\\[\\] \t]{0,30}", 0..20),
         good in prop::collection::vec(any::<(u8, String)>(), 0..20),
         sizes in prop::collection::vec(1_usize..40, 1..6),
-        bom in any::<bool>(), crlf in any::<bool>(), zipped in any::<bool>(), cut in 0_usize..200,
+        bom in any::<bool>(), crlf in any::<bool>(), packed in 0_u8..3, cut in 0_usize..200,
     ) {
         let rows: Vec<String> = good.iter().map(|(n, s)| json!({"n": n, "s": s}).to_string()).collect();
         let end = if crlf { "\r\n" } else { "\n" };
@@ -420,6 +517,7 @@ proptest! {
         for (format, text) in [
             (Format::Jsonl, mixed.clone()),
             (Format::Txt, mixed.clone()),
+            (Format::Paragraphs, mixed.clone()),
             (Format::Csv, format!("a,b{end}{mixed}")),
             (Format::Tsv, format!("a\tb{end}{mixed}")),
             (Format::Json, format!("[{}]", rows.join(","))),
@@ -428,8 +526,8 @@ proptest! {
             let mut bytes = if bom { b"\xef\xbb\xbf".to_vec() } else { Vec::new() };
             bytes.extend(text.as_bytes());
             bytes.truncate(bytes.len().saturating_sub(cut / 50));
-            if zipped {
-                bytes = gzip(&bytes);
+            if packed > 0 {
+                bytes = if packed == 1 { gzip(&bytes) } else { zstd(&bytes) };
                 bytes.truncate(bytes.len().saturating_sub(cut / 60));
             }
             let whole = decoded(format, "x", &bytes[..]);
@@ -439,9 +537,12 @@ proptest! {
     }
 
     #[test]
-    fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..300), gz in any::<bool>()) {
-        let bytes = if gz { [&[0x1f, 0x8b, 8, 0][..], &bytes].concat() } else { bytes };
-        for format in [Format::Auto, Format::Jsonl, Format::Json, Format::Csv, Format::Tsv, Format::Txt] {
+    fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..300), packed in 0_u8..3) {
+        let magic: &[u8] = [&[][..], &[0x1f, 0x8b, 8, 0], &[0x28, 0xb5, 0x2f, 0xfd]][usize::from(packed)];
+        let bytes = [magic, &bytes].concat();
+        for format in [
+            Format::Auto, Format::Jsonl, Format::Json, Format::Csv, Format::Tsv, Format::Txt, Format::Paragraphs,
+        ] {
             decoded(format, "x", &bytes[..]);
         }
     }

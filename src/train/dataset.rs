@@ -18,7 +18,7 @@ use self::state::Position;
 use super::template::{self, Examples, Made, Shape};
 use super::{TrainError, TrainJob};
 use crate::config::adapter::Template;
-use crate::data::{Record, RecordStream, SourceError};
+use crate::data::{Cursor, Record, RecordStream, SourceError};
 use crate::engine::training::TrainSequence;
 use crate::model::tokenizer::Tokenizer;
 
@@ -46,6 +46,9 @@ pub struct Counters {
     pub records: u64,
     /// Of these: could not be used.
     pub bad: u64,
+    /// Of these: the source's filter keeps them out.
+    #[serde(default)]
+    pub filtered: u64,
     /// Of these: nothing supervised was left after cutting.
     pub skipped: u64,
     /// Of these: cut at `max_seq_length`.
@@ -76,6 +79,8 @@ pub struct Dataset {
     /// What was drawn and not handed out yet.
     batch: Vec<TrainSequence>,
     position: Position,
+    /// What the source said that whoever watches the job should know.
+    notes: Vec<String>,
 }
 
 impl Dataset {
@@ -90,7 +95,7 @@ impl Dataset {
         eos_token_ids: &[u32],
     ) -> Result<Self, TrainError> {
         let mut position = Position::default();
-        let mut stream = job.source.open(&job.source_name, position.cursor);
+        let mut stream = job.source.open(&job.source_name, position.cursor.clone());
         let mut in_hand = None;
         let template = match template_of(job) {
             Template::Auto => loop {
@@ -121,6 +126,7 @@ impl Dataset {
             held_out: Vec::new(),
             batch: Vec::new(),
             position,
+            notes: Vec::new(),
         };
         dataset.fill().await?;
         if dataset.buffer.is_empty() {
@@ -157,6 +163,7 @@ impl Dataset {
             held_out,
             batch,
             position,
+            notes: Vec::new(),
         })
     }
 
@@ -231,7 +238,7 @@ impl Dataset {
             };
             let made = self.make(&record).await?;
             self.take(&record, made)?;
-            if self.position.cursor.records.is_multiple_of(RECORDS_IN_A_ROW) {
+            if self.position.cursor.counts.records.is_multiple_of(RECORDS_IN_A_ROW) {
                 tokio::task::yield_now().await;
             }
         }
@@ -241,6 +248,8 @@ impl Dataset {
     fn end_of_source(&mut self) {
         self.stream = None;
         self.position.source_done = true;
+        // Nothing is read from it any more, and the next epoch begins at its start.
+        self.position.cursor = Cursor::default();
         self.position.exact = Some(self.position.taken - self.held_out_of(self.position.taken));
     }
 
@@ -250,9 +259,12 @@ impl Dataset {
             return Ok(Some(record.clone()));
         }
         let job = &self.job;
-        let stream =
-            self.stream.get_or_insert_with(|| job.source.open(&job.source_name, self.position.cursor));
-        let record = stream.next().await.transpose()?.map(Arc::new);
+        let stream = self
+            .stream
+            .get_or_insert_with(|| job.source.open(&job.source_name, self.position.cursor.clone()));
+        let next = stream.next().await.transpose();
+        self.notes.extend(stream.take_notes());
+        let record = next?.map(Arc::new);
         if record.is_none() {
             self.position.note_rows(stream);
         }
@@ -345,6 +357,16 @@ impl Dataset {
         &self.position.counters
     }
 
+    /// What happened to the source since the last call that whoever watches the job should know, such as the switch to
+    /// another one.
+    pub fn take_notes(&mut self) -> Vec<String> {
+        let mut notes = std::mem::take(&mut self.notes);
+        if let Some(stream) = &mut self.stream {
+            notes.extend(stream.take_notes());
+        }
+        notes
+    }
+
     /// The epoch of the latest batch, from 0.
     pub fn epoch(&self) -> u64 {
         self.position.latest_epoch
@@ -379,7 +401,7 @@ fn examples(
 }
 
 fn refuse(stream: &mut RecordStream, record: &Record, reason: &str) -> Result<(), SourceError> {
-    let number = stream.cursor().records;
+    let number = stream.cursor().counts.records;
     stream.refuse(format!("record {number} ({}) {reason}", record.place))
 }
 
@@ -393,6 +415,11 @@ fn nothing_to_learn(job: &TrainJob, counters: &Counters) -> TrainError {
             "no example of source {name} has a supervised token: {} of {} records are cut off before their answer \
              begins; raise max_seq_length ({}) or use shorter prompts",
             counters.skipped, counters.records, job.config.max_seq_length
+        )
+    } else if counters.filtered > 0 && counters.bad == 0 {
+        format!(
+            "the filter of source {name} keeps out all of its records ({} of {}); widen it",
+            counters.filtered, counters.records
         )
     } else if counters.bad > 0 {
         format!("no record of source {name} can be used: {}", counters.reasons.join("; "))

@@ -66,7 +66,7 @@ pub async fn run(
     let trainer = Arc::new(context.engine.create_trainer(spec).await?);
     let this = Run { context, job_id, job, reporter, store, trainer, stop };
     this.log_plan();
-    this.log_source(&data);
+    this.log_source(&mut data);
     let mut saved_step = saved.as_ref().map(|saved| saved.state.progress.step);
     let (mut state, mut pending) = match saved {
         None => (State::default(), Vec::new()),
@@ -116,6 +116,7 @@ pub async fn run(
                 batch = data.next_batch(config.batch_size * config.gradient_accumulation_steps) => batch?,
                 () = this.asked() => continue,
             };
+            this.log_notes(&mut data);
         }
         if pending.is_empty() {
             break;
@@ -376,11 +377,12 @@ impl Run<'_> {
         ));
     }
 
-    fn log_source(&self, data: &Dataset) {
+    fn log_source(&self, data: &mut Dataset) {
+        self.log_notes(data);
         let (planned, counters) = (data.planned_examples(), data.counters());
         self.reporter.log(format!(
             "source {}: {:?} template; {}{} examples an epoch, {} held out; so far {} records read, {} unusable, {} \
-             without anything to learn, {} cut",
+             kept out by the filter, {} without anything to learn, {} cut",
             self.job.source_name,
             data.template(),
             if planned.exact { "" } else { "up to " },
@@ -388,11 +390,19 @@ impl Run<'_> {
             data.eval_examples().len(),
             counters.records,
             counters.bad,
+            counters.filtered,
             counters.skipped,
             counters.truncated,
         ));
         for reason in &counters.reasons {
             self.reporter.log(format!("source {}: {reason}", self.job.source_name));
+        }
+    }
+
+    /// What the source has to say, such as that another one is read instead.
+    fn log_notes(&self, data: &mut Dataset) {
+        for note in data.take_notes() {
+            self.reporter.log(format!("source {}: {note}", self.job.source_name));
         }
     }
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use crate::config::adapter::{FieldError, Template};
-use crate::data::{Record, SourceConfig};
+use crate::data::{Record, SourceConfig, usual_names};
 use crate::engine::training::TrainSequence;
 use crate::model::chat_template::{GenerationPrompt, Message};
 use crate::model::tokenizer::{AddSpecial, Tokenizer};
@@ -63,19 +63,6 @@ pub(super) struct Examples {
     /// What precedes the text to translate.
     request: String,
     shape: Shape,
-}
-
-/// The names that a field commonly has where the source maps none, the usual one first.
-fn usual_names(field: &str) -> &'static [&'static str] {
-    match field {
-        "prompt" => &["prompt", "instruction", "question", "input"],
-        "completion" => &["completion", "output", "response", "answer"],
-        "text" => &["text"],
-        "messages" => &["messages"],
-        "source" => &["source"],
-        "target" => &["target"],
-        _ => &[],
-    }
 }
 
 /// The fields that a template takes.

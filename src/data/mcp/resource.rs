@@ -6,14 +6,14 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use base64::Engine as _;
-use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
 use base64::engine::DecodePaddingMode;
+use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
 use regex::Regex;
 use rmcp::model::{PaginatedRequestParams, ReadResourceRequestParams, ResourceContents};
 use tokio_util::bytes::Bytes;
 
-use super::super::object::{Object, Stat};
 use super::super::Format;
+use super::super::object::{Object, Stat};
 use super::server::{Server, plain};
 use super::{ResourceChoice, Template, Values, Word, parts};
 
@@ -64,7 +64,8 @@ impl Iterator for Resources {
 /// Those of the server's list whose URI fits a pattern, in the order of the list.
 fn listed(server: &Mutex<Server>, pattern: &str) -> Result<Vec<String>, String> {
     let fits: Vec<String> = pattern.split('*').map(regex::escape).collect();
-    let fits = Regex::new(&format!("^{}$", fits.join(".*"))).map_err(|error| format!("resources: {error}"))?;
+    let fits =
+        Regex::new(&format!("^{}$", fits.join(".*"))).map_err(|error| format!("resources: {error}"))?;
     let mut server = server.lock().unwrap_or_else(PoisonError::into_inner);
     let mut uris = Vec::new();
     let mut known = 0;
@@ -100,7 +101,8 @@ fn expanded(template: Template) -> impl Iterator<Item = String> + Send {
         }
         names
     };
-    let counts: Vec<u64> = names.iter().map(|name| template.values.get(name).map_or(0, Values::count)).collect();
+    let counts: Vec<u64> =
+        names.iter().map(|name| template.values.get(name).map_or(0, Values::count)).collect();
     let total = counts.iter().fold(1_u64, |product, count| product.saturating_mul(*count));
     (0..total).map(move |mut at| {
         let mut values = vec![String::new(); names.len()];
@@ -142,7 +144,9 @@ fn encoded(value: &str) -> String {
     let mut text = String::with_capacity(value.len());
     for byte in value.bytes() {
         match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => text.push(char::from(byte)),
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
+                text.push(char::from(byte))
+            }
             _ => text.push_str(&format!("%{byte:02X}")),
         }
     }
@@ -195,10 +199,13 @@ fn joined(contents: Vec<ResourceContents>) -> Result<Whole, String> {
         parts.push(match content {
             ResourceContents::TextResourceContents { text, mime_type, .. } => (text.into_bytes(), mime_type),
             ResourceContents::BlobResourceContents { blob, mime_type, .. } => {
-                let bytes = BASE64.decode(blob.trim()).map_err(|error| format!("its blob is no base64: {error}"))?;
+                let bytes =
+                    BASE64.decode(blob.trim()).map_err(|error| format!("its blob is no base64: {error}"))?;
                 (bytes, mime_type)
             }
-            other => return Err(format!("holds what is neither text nor blob: {}", plain(&format!("{other:?}")))),
+            other => {
+                return Err(format!("holds what is neither text nor blob: {}", plain(&format!("{other:?}"))));
+            }
         });
     }
     let Some((_, mime_type)) = parts.first() else {
@@ -226,9 +233,10 @@ fn joined(contents: Vec<ResourceContents>) -> Result<Whole, String> {
 /// What a media type says about how rows are written; nothing where it says nothing.
 fn format_of_mime_type(text: &str) -> Option<Format> {
     match text.split(';').next().unwrap_or_default().trim().to_ascii_lowercase().as_str() {
-        "application/jsonl" | "application/x-jsonlines" | "application/x-ndjson" | "application/jsonlines" => {
-            Some(Format::Jsonl)
-        }
+        "application/jsonl"
+        | "application/x-jsonlines"
+        | "application/x-ndjson"
+        | "application/jsonlines" => Some(Format::Jsonl),
         "text/csv" => Some(Format::Csv),
         "text/tab-separated-values" => Some(Format::Tsv),
         "text/plain" | "text/markdown" => Some(Format::Txt),

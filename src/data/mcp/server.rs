@@ -8,13 +8,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use reqwest::Url;
+use rmcp::ServiceExt as _;
 use rmcp::model::{ClientCapabilities, ClientConfig, ErrorCode, Implementation};
 use rmcp::service::{ClientInitializeError, Peer, RoleClient, RunningService, ServiceError};
 use rmcp::transport::streamable_http_client::{StreamableHttpClientTransportConfig, StreamableHttpError};
 use rmcp::transport::{StreamableHttpClientTransport, TokioChildProcess};
-use rmcp::ServiceExt as _;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 use tokio::process::{ChildStderr, Command};
+use tokio_util::sync::CancellationToken;
 
 use super::super::http::{client, headers, with_causes};
 use super::super::object::Opening;
@@ -24,9 +25,27 @@ use super::McpConfig;
 /// What a server that is started gets of our environment: where programs, homes and temporary files are, and the
 /// language. No secrets of ours.
 const PASSED_ON: [&str; 20] = [
-    "HOME", "LANG", "LC_ALL", "LC_CTYPE", "LOGNAME", "PATH", "SHELL", "TERM", "TMPDIR", "TZ", "USER",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "LC_CTYPE",
+    "LOGNAME",
+    "PATH",
+    "SHELL",
+    "TERM",
+    "TMPDIR",
+    "TZ",
+    "USER",
     // What programs on Windows do not start without.
-    "APPDATA", "COMSPEC", "LOCALAPPDATA", "PATHEXT", "SYSTEMDRIVE", "SYSTEMROOT", "TEMP", "TMP", "USERPROFILE",
+    "APPDATA",
+    "COMSPEC",
+    "LOCALAPPDATA",
+    "PATHEXT",
+    "SYSTEMDRIVE",
+    "SYSTEMROOT",
+    "TEMP",
+    "TMP",
+    "USERPROFILE",
 ];
 
 /// Lines of a server's standard error that messages may cite.
@@ -97,6 +116,9 @@ impl Server {
                 Ok(answer)
             }
             Ok(Err(error)) => {
+                if self.config.url.is_none() && connection.service.peer().is_transport_closed() {
+                    connection.stderr.settle().await;
+                }
                 let failure = of_service(&error, method, &connection.stderr);
                 // One that answers, if only with an error, lives; one that is dead or stuck is started anew.
                 if matches!(error, ServiceError::McpError(_)) {
@@ -130,7 +152,12 @@ async fn connect(config: &McpConfig, opening: &Opening, limit: Duration) -> Resu
     };
     match service {
         Ok(Ok(service)) => Ok(Connection { service, stderr }),
-        Ok(Err(error)) => Err(of_start(error, &stderr)),
+        Ok(Err(error)) => {
+            if config.url.is_none() {
+                stderr.settle().await;
+            }
+            Err(of_start(error, &stderr))
+        }
         Err(_) => Err(Failure::passing(no_answer(limit))),
     }
 }
@@ -162,13 +189,17 @@ fn child(config: &McpConfig, stderr: &Lines) -> Result<TokioChildProcess, Failur
         }
     }
     for name in &config.env_from {
-        let value = std::env::var_os(name)
-            .ok_or_else(|| Failure::Final(format!("env_from: the environment variable {name} is not set; set it")))?;
+        let value = std::env::var_os(name).ok_or_else(|| {
+            Failure::Final(format!("env_from: the environment variable {name} is not set; set it"))
+        })?;
         command.env(name, value);
     }
-    let (transport, errors) = TokioChildProcess::builder(command).stderr(Stdio::piped()).spawn().map_err(|error| {
-        Failure::Final(format!("command: {program} cannot be started ({error}); install it or correct its path"))
-    })?;
+    let (transport, errors) =
+        TokioChildProcess::builder(command).stderr(Stdio::piped()).spawn().map_err(|error| {
+            Failure::Final(format!(
+                "command: {program} cannot be started ({error}); install it or correct its path"
+            ))
+        })?;
     if let Some(errors) = errors {
         tokio::spawn(stderr.clone().keep(program.clone(), errors));
     }
@@ -177,11 +208,15 @@ fn child(config: &McpConfig, stderr: &Lines) -> Result<TokioChildProcess, Failur
 
 /// The last lines that a server wrote to its standard error.
 #[derive(Clone, Default)]
-struct Lines(Arc<Mutex<VecDeque<String>>>);
+struct Lines {
+    last: Arc<Mutex<VecDeque<String>>>,
+    ended: CancellationToken,
+}
 
 impl Lines {
     /// Logs lines and keeps the last ones until there are no more.
     async fn keep(self, program: String, errors: ChildStderr) {
+        let _ended = self.ended.clone().drop_guard();
         let mut reader = BufReader::new(errors);
         let mut line = Vec::new();
         loop {
@@ -190,12 +225,13 @@ impl Lines {
                 Ok(0) | Err(_) => return,
                 Ok(_) => {}
             }
-            let text: String = String::from_utf8_lossy(&line).trim().chars().filter(|c| !c.is_control()).collect();
+            let text: String =
+                String::from_utf8_lossy(&line).trim().chars().filter(|c| !c.is_control()).collect();
             if text.is_empty() {
                 continue;
             }
             tracing::info!(program, "MCP server: {text}");
-            let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut lines = self.last.lock().unwrap_or_else(PoisonError::into_inner);
             lines.push_back(text);
             if lines.len() > KEPT_LINES {
                 lines.pop_front();
@@ -203,12 +239,20 @@ impl Lines {
         }
     }
 
+    /// Waits for the last words of a server that has ended, which come another way than its answers.
+    async fn settle(&self) {
+        let _ = tokio::time::timeout(Duration::from_millis(500), self.ended.cancelled()).await;
+    }
+
     /// For the end of a message.
     fn said(&self) -> String {
-        let lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let lines = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         match lines.is_empty() {
             true => String::new(),
-            false => format!("; its last words: {}", lines.iter().map(String::as_str).collect::<Vec<_>>().join(" / ")),
+            false => format!(
+                "; its last words: {}",
+                lines.iter().map(String::as_str).collect::<Vec<_>>().join(" / ")
+            ),
         }
     }
 }
@@ -244,9 +288,9 @@ fn of_service(error: &ServiceError, method: &str, stderr: &Lines) -> Failure {
             Failure::passing(format!("the server ended{}", stderr.said()))
         }
         ServiceError::Timeout { timeout } => Failure::passing(no_answer(*timeout)),
-        ServiceError::UnexpectedResponse => {
-            Failure::Final("the answer is not what was asked for; is this server's protocol a later one?".into())
-        }
+        ServiceError::UnexpectedResponse => Failure::Final(
+            "the answer is not what was asked for; is this server's protocol a later one?".into(),
+        ),
         other => Failure::Final(plain(&other.to_string())),
     }
 }
@@ -256,22 +300,30 @@ fn no_method(method: &str, said: &str) -> String {
         true => ("tools", "resources"),
         false => ("resources", "tool"),
     };
-    format!("the server has no {has}: it does not know {method} ({said}, -32601); use {other} or another server")
+    format!(
+        "the server has no {has}: it does not know {method} ({said}, -32601); use {other} or another server"
+    )
 }
 
 /// Sorts what went wrong on the way.
 fn of_transport(error: &(dyn Error + Send + Sync + 'static), stderr: &Lines) -> Failure {
-    const REFUSED: &str = "put what it asks for into an environment variable and name the header under headers_env";
+    const REFUSED: &str =
+        "put what it asks for into an environment variable and name the header under headers_env";
     let mut cause: Option<&(dyn Error + 'static)> = Some(error);
     while let Some(error) = cause {
         cause = error.source();
         let Some(error) = error.downcast_ref::<StreamableHttpError<reqwest::Error>>() else { continue };
         return match error {
-            StreamableHttpError::HttpStatus(status) => {
-                Failure::after(format!("the server answered {}", status.status), status.retry_after.as_deref())
+            StreamableHttpError::HttpStatus(status) => Failure::after(
+                format!("the server answered {}", status.status),
+                status.retry_after.as_deref(),
+            ),
+            StreamableHttpError::AuthRequired(_) => {
+                Failure::Final(format!("the server answered 401; {REFUSED}"))
             }
-            StreamableHttpError::AuthRequired(_) => Failure::Final(format!("the server answered 401; {REFUSED}")),
-            StreamableHttpError::InsufficientScope(_) => Failure::Final(format!("the server answered 403; {REFUSED}")),
+            StreamableHttpError::InsufficientScope(_) => {
+                Failure::Final(format!("the server answered 403; {REFUSED}"))
+            }
             StreamableHttpError::UnexpectedContentType(_) => {
                 Failure::Final("this is no MCP server: it answers with something else; correct url".into())
             }

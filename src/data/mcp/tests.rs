@@ -66,12 +66,14 @@ async fn a_tool_gives_its_rows_page_by_page() {
         assert_eq!(rows[3]["completion"], "Lesson 3 is पाठ 3.");
     }
     // Once, where nothing is said of a cursor.
-    let once = json!({"tool": {"name": "paged", "rows_path": "page.rows", "arguments": {"cursor": "row-20"}}});
+    let once =
+        json!({"tool": {"name": "paged", "rows_path": "page.rows", "arguments": {"cursor": "row-20"}}});
     let (rows, error) = read(&source(&command, once)).await;
     assert_eq!((ids(&rows), error), ((20..25).collect(), None));
     let (rows, error) = read(&source(&command, json!({"tool": {"name": "texts"}}))).await;
     assert_eq!((rows.len(), error), (25, None));
-    let (rows, error) = read(&source(&command, json!({"tool": {"name": "lines"}, "max_bad_rows": 0.1}))).await;
+    let (rows, error) =
+        read(&source(&command, json!({"tool": {"name": "lines"}, "max_bad_rows": 0.1}))).await;
     assert_eq!((rows.len(), error), (25, None), "the last line is a bad row");
     let (_, error) = read(&source(&command, json!({"tool": {"name": "lines"}}))).await;
     assert!(error.unwrap().contains("line 26 is no JSON object"));
@@ -81,7 +83,9 @@ async fn a_tool_gives_its_rows_page_by_page() {
 async fn a_tool_goes_on_at_the_cursor_of_its_page() {
     let dir = tempfile::tempdir().unwrap();
     let starts = dir.path().join("starts");
-    let Some(command) = ours(&["--rows", "25", "--page", "10", "--starts", starts.to_str().unwrap()]) else { return };
+    let Some(command) = ours(&["--rows", "25", "--page", "10", "--starts", starts.to_str().unwrap()]) else {
+        return;
+    };
     let source = source(&command, paged("paged"));
     for taken in [1, 10, 11, 24] {
         let mut stream = source.open_patiently("notes", Cursor::default(), quick());
@@ -91,7 +95,8 @@ async fn a_tool_goes_on_at_the_cursor_of_its_page() {
         }
         let cursor = serde_json::to_string(&stream.cursor()).unwrap();
         drop(stream);
-        let (rest, error) = drain(source.open_patiently("notes", serde_json::from_str(&cursor).unwrap(), quick())).await;
+        let (rest, error) =
+            drain(source.open_patiently("notes", serde_json::from_str(&cursor).unwrap(), quick())).await;
         seen.extend(ids(&rest));
         assert_eq!((seen, error), ((0..25).collect(), None), "{taken}");
     }
@@ -115,7 +120,9 @@ async fn a_server_that_dies_is_started_again_and_goes_on_at_its_page() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_keeps_dying_ends_the_stream() {
     // The folder cannot hold the mark of its death, so it dies each time, and says why.
-    let Some(command) = ours(&["--rows", "25", "--page", "10", "--die-at", "row-10", "--died", "/dev/null/x"]) else {
+    let Some(command) =
+        ours(&["--rows", "25", "--page", "10", "--die-at", "row-10", "--died", "/dev/null/x"])
+    else {
         return;
     };
     let (rows, error) = read(&source(&command, paged("paged"))).await;
@@ -143,7 +150,10 @@ async fn what_a_tool_does_wrong_is_said() {
         (json!({"tool": {"name": "prose"}}), "is no JSON: 'There are many rows.'"),
         (json!({"tool": {"name": "listed"}}), "no such tool, but paged, paged_text"),
         (paged("circle"), "leads to itself"),
-        (json!({"tool": {"name": "paged", "rows_path": "page.lines"}}), "nothing at rows_path page.lines; it has page"),
+        (
+            json!({"tool": {"name": "paged", "rows_path": "page.lines"}}),
+            "nothing at rows_path page.lines; it has page",
+        ),
         (json!({"tool": {"name": "texts", "rows_path": "page"}}), "take rows_path out"),
         (json!({"tool": {"name": "paged", "rows_path": "page.rows.0.id"}}), "neither a list nor an object"),
         (json!({"tool": {"name": "stuck"}, "timeout_s": 1}), "no answer came within 1 s"),
@@ -176,9 +186,17 @@ async fn resources_are_files_in_their_formats() {
     let Some(command) = ours(&["--rows", "5"]) else { return };
     // Formats by media type (a table), by the name, and by the first character (an array, a blob).
     for (uri, first, rows) in [
-        ("notes://all/lessons.jsonl", json!({"id": 0, "prompt": "What is lesson 0?", "completion": "Lesson 0 is पाठ 0."}), 5),
+        (
+            "notes://all/lessons.jsonl",
+            json!({"id": 0, "prompt": "What is lesson 0?", "completion": "Lesson 0 is पाठ 0."}),
+            5,
+        ),
         ("notes://all/table", json!({"prompt": "red", "completion": "लाल"}), 2),
-        ("notes://all/array", json!({"id": 0, "prompt": "What is lesson 0?", "completion": "Lesson 0 is पाठ 0."}), 3),
+        (
+            "notes://all/array",
+            json!({"id": 0, "prompt": "What is lesson 0?", "completion": "Lesson 0 is पाठ 0."}),
+            3,
+        ),
         ("notes://all/packed", json!({"text": "packed"}), 1),
     ] {
         let (found, error) = read(&source(&command, json!({"resources": [uri]}))).await;
@@ -208,7 +226,8 @@ async fn reading_resources_goes_on_at_its_cursor() {
         }
         let cursor = serde_json::to_string(&stream.cursor()).unwrap();
         drop(stream);
-        let (rest, error) = drain(source.open_patiently("notes", serde_json::from_str(&cursor).unwrap(), quick())).await;
+        let (rest, error) =
+            drain(source.open_patiently("notes", serde_json::from_str(&cursor).unwrap(), quick())).await;
         seen.extend(rest);
         assert_eq!((&seen, error), (&all, None), "{taken}");
     }
@@ -264,14 +283,20 @@ fn settings_that_cannot_be_are_refused_by_name() {
         (json!({"url": "http://u:p@h/mcp", "tool": tool()}), "url"),
         (json!({"url": "http://h/mcp", "env_from": ["A"], "tool": tool()}), "env_from"),
         (json!({"command": ["x"], "headers_env": {"A": "B"}, "tool": tool()}), "headers_env"),
-        (json!({"url": "http://h/mcp", "headers_env": {"Mcp-Session-Id": "B"}, "tool": tool()}), "headers_env"),
+        (
+            json!({"url": "http://h/mcp", "headers_env": {"Mcp-Session-Id": "B"}, "tool": tool()}),
+            "headers_env",
+        ),
         (json!({"command": ["x"], "env_from": ["A=s3cr3t"], "tool": tool()}), "env_from"),
         (json!({"command": ["x"]}), "give resources"),
         (json!({"command": ["x"], "tool": tool(), "resources": ["a:b"]}), "either resources or tool"),
         (json!({"command": ["x"], "tool": {"name": ""}}), "name"),
         (json!({"command": ["x"], "tool": {"name": "a", "cursor_argument": "c"}}), "cursor_path"),
         (json!({"command": ["x"], "tool": {"name": "a", "cursor_path": "c"}}), "cursor_argument"),
-        (json!({"command": ["x"], "tool": {"name": "a", "cursor_argument": "c", "cursor_path": "d"}}), "rows_path"),
+        (
+            json!({"command": ["x"], "tool": {"name": "a", "cursor_argument": "c", "cursor_path": "d"}}),
+            "rows_path",
+        ),
         (
             json!({"command": ["x"], "tool": {"name": "a", "cursor_argument": "c", "cursor_path": "d", "rows_path": "e",
                 "arguments": {"c": 1}}}),
@@ -283,8 +308,14 @@ fn settings_that_cannot_be_are_refused_by_name() {
         (json!({"command": ["x"], "resources": [{"template": "a://b", "values": {}}]}), "no {name}"),
         (json!({"command": ["x"], "resources": [{"template": "a://{b", "values": {}}]}), "no template"),
         (json!({"command": ["x"], "resources": [{"template": "a://{b}", "values": {}}]}), "nothing for {b}"),
-        (json!({"command": ["x"], "resources": [{"template": "a://{b}", "values": {"b": []}}]}), "values of b"),
-        (json!({"command": ["x"], "resources": [{"template": "a://{b}", "values": {"b": [1], "c": [1]}}]}), "no {c}"),
+        (
+            json!({"command": ["x"], "resources": [{"template": "a://{b}", "values": {"b": []}}]}),
+            "values of b",
+        ),
+        (
+            json!({"command": ["x"], "resources": [{"template": "a://{b}", "values": {"b": [1], "c": [1]}}]}),
+            "no {c}",
+        ),
         (
             json!({"command": ["x"], "resources": [{"template": "a://{b}", "values": {"b": {"from": 0, "to": i64::MAX}}}]}),
             "more than 100000",

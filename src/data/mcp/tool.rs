@@ -5,9 +5,9 @@ use rmcp::model::{CallToolRequestParams, CallToolResult, PaginatedRequestParams}
 use serde_json::{Map, Value};
 
 use super::super::object::{Page, Pages};
-use super::super::at;
-use super::server::{Server, plain};
+use super::super::value_at;
 use super::ToolConfig;
+use super::server::{Server, plain};
 
 /// Pages of the list of tools; more are a circle.
 const MAX_LIST_PAGES: usize = 1000;
@@ -35,9 +35,9 @@ impl ToolPages {
         let mut cursor: Option<String> = None;
         for _ in 0..MAX_LIST_PAGES {
             let asked = PaginatedRequestParams::default().with_cursor(cursor.clone());
-            let page = self.server.ask(&self.what, "tools/list", async |peer| {
-                peer.list_tools(Some(asked.clone())).await
-            })?;
+            let page = self
+                .server
+                .ask(&self.what, "tools/list", async |peer| peer.list_tools(Some(asked.clone())).await)?;
             names.extend(page.tools.into_iter().map(|tool| tool.name.into_owned()));
             if names.contains(&self.tool.name) {
                 self.known = true;
@@ -70,13 +70,14 @@ impl Pages for ToolPages {
             arguments.insert(argument.clone(), token.clone());
         }
         let asked = CallToolRequestParams::new(self.tool.name.clone()).with_arguments(arguments);
-        let result = self.server.ask(&self.what, "tools/call", async |peer| peer.call_tool(asked.clone()).await)?;
+        let result =
+            self.server.ask(&self.what, "tools/call", async |peer| peer.call_tool(asked.clone()).await)?;
         let at_page = match token {
             Some(token) => format!("{}, page {}", self.what, short(token)),
             None => self.what.clone(),
         };
-        let (rows, next) =
-            taken(&self.tool, result).map_err(|why| format!("MCP server {}, {at_page}: {why}", self.server.shown()))?;
+        let (rows, next) = taken(&self.tool, result)
+            .map_err(|why| format!("MCP server {}, {at_page}: {why}", self.server.shown()))?;
         if next.is_some() && next.as_ref() == token {
             return Err(self.error(&format!(
                 "the cursor {} leads to itself; correct cursor_path or cursor_argument",
@@ -105,7 +106,10 @@ fn taken(tool: &ToolConfig, result: CallToolResult) -> Result<(Taken, Option<Val
     let texts = || result.content.iter().filter_map(|block| block.as_text()).map(|block| block.text.as_str());
     if result.is_error == Some(true) {
         let said = plain(&texts().collect::<Vec<_>>().join(" "));
-        return Err(format!("the tool failed: {}", if said.is_empty() { "it does not say why" } else { &said }));
+        return Err(format!(
+            "the tool failed: {}",
+            if said.is_empty() { "it does not say why" } else { &said }
+        ));
     }
     if let Some(value) = result.structured_content.as_ref().filter(|value| !value.is_null()) {
         return page_of(tool, value);
@@ -156,7 +160,7 @@ fn page_of(tool: &ToolConfig, value: &Value) -> Result<(Taken, Option<Value>), S
 }
 
 fn step_to<'a>(value: &'a Value, path: &str) -> Option<&'a Value> {
-    at(value.as_object()?, path)
+    value_at(value.as_object()?, path)
 }
 
 /// A list gives its elements, an object is one row, a text holds either of them or an object a line.
@@ -189,7 +193,8 @@ fn lines(text: &str) -> Result<Taken, String> {
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     let rows: Taken = lines
         .map(|(at, line)| {
-            serde_json::from_str::<Map<String, Value>>(line).map_err(|_| format!("line {} is no JSON object", at + 1))
+            serde_json::from_str::<Map<String, Value>>(line)
+                .map_err(|_| format!("line {} is no JSON object", at + 1))
         })
         .collect();
     // One bad line among good ones is a bad row; when none is good, it is no data at all.

@@ -10,7 +10,6 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
-use tokio_util::sync::CancellationToken;
 
 use super::super::tests::drain;
 use super::super::{Cursor, SourceConfig};
@@ -94,8 +93,13 @@ async fn all_points_come_once_in_order_of_their_ids() {
     assert!(rows.iter().all(|row| row["odd"] == true));
 
     // Only what is asked for travels.
-    let (rows, error) = read(&source(&server.url, json!({"fields": {"text": "text.hi"}, "max_bad_rows": 0.1}))).await;
-    assert_eq!((rows.len(), error), (250, None), "the last point has no such field, so nothing is left of it");
+    let (rows, error) =
+        read(&source(&server.url, json!({"fields": {"text": "text.hi"}, "max_bad_rows": 0.1}))).await;
+    assert_eq!(
+        (rows.len(), error),
+        (250, None),
+        "the last point has no such field, so nothing is left of it"
+    );
     assert_eq!(rows[4], json!({"text": {"en": "lesson 5", "hi": "पाठ 5"}}));
     let (rows, _) = read(&source(&server.url, json!({"with_payload": ["n", "text.en"]}))).await;
     assert_eq!(rows[4], json!({"n": 5, "text": {"en": "lesson 5"}}));
@@ -105,7 +109,10 @@ async fn all_points_come_once_in_order_of_their_ids() {
     assert!(error.contains("does not understand the request") && error.contains("points_filter"), "{error}");
     let (_, error) = read(&source(&server.url, json!({"collection": "other"}))).await;
     let error = error.unwrap();
-    assert!(error.contains("there is no collection other") && error.contains("correct collection"), "{error}");
+    assert!(
+        error.contains("there is no collection other") && error.contains("correct collection"),
+        "{error}"
+    );
     let (_, error) = read(&source(&format!("{}/elsewhere", server.url), json!({}))).await;
     assert!(error.as_ref().unwrap().contains("is url the address of a Qdrant server?"), "{error:?}");
 }
@@ -219,7 +226,8 @@ async fn serve(mut socket: TcpStream, answer: Answer, requests: Arc<Mutex<Vec<Va
     match answer {
         Answer::Whole(status, body) => {
             let length = body.len();
-            let text = format!("HTTP/1.1 {status}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}");
+            let text =
+                format!("HTTP/1.1 {status}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n{body}");
             let _ = socket.write_all(text.as_bytes()).await;
         }
         Answer::Cut => {
@@ -251,7 +259,8 @@ async fn what_passes_is_tried_again() {
         Answer::Silence,
     ] {
         let server =
-            Scripted::start(vec![trouble.clone(), page(0..2, json!(2)), trouble, page(2..3, Value::Null)]).await;
+            Scripted::start(vec![trouble.clone(), page(0..2, json!(2)), trouble, page(2..3, Value::Null)])
+                .await;
         let (rows, error) = read(&source(&server.url, json!({}))).await;
         assert_eq!((rows.len(), error), (3, None));
         let offsets: Vec<Value> = server.asked().iter().map(|body| body["offset"].clone()).collect();
@@ -264,7 +273,11 @@ async fn what_passes_is_tried_again() {
 async fn what_does_not_pass_ends_the_stream_with_its_reason() {
     let html = || "<html>".to_owned();
     for (trouble, requests, expected) in [
-        (Answer::Whole("500 Oh", json!({"status": {"error": "raft"}}).to_string()), 3, "500 Oh (raft) (after 3 attempts)"),
+        (
+            Answer::Whole("500 Oh", json!({"status": {"error": "raft"}}).to_string()),
+            3,
+            "500 Oh (raft) (after 3 attempts)",
+        ),
         (Answer::Drip, 3, "no whole page came within"),
         (Answer::Whole("200 OK", "{\"result\":[]}".into()), 1, "is no page of points"),
         (Answer::Whole("200 OK", html()), 1, "is url the address of a Qdrant server?"),
@@ -288,7 +301,8 @@ async fn what_does_not_pass_ends_the_stream_with_its_reason() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_next_page_is_asked_for_ahead() {
-    let server = Scripted::start(vec![page(0..2, json!(2)), page(2..4, json!(4)), page(4..5, Value::Null)]).await;
+    let server =
+        Scripted::start(vec![page(0..2, json!(2)), page(2..4, json!(4)), page(4..5, Value::Null)]).await;
     let config = QdrantConfig {
         url: server.url.clone(),
         collection: "lessons".into(),
@@ -297,14 +311,7 @@ async fn the_next_page_is_asked_for_ahead() {
         with_payload: Vec::new(),
         page_size: 2,
     };
-    let opening = Opening {
-        runtime: tokio::runtime::Handle::current(),
-        patience: quick(),
-        stop: CancellationToken::new(),
-        format: super::super::Format::Auto,
-        fields: Vec::new(),
-        pin: None,
-    };
+    let opening = Opening::new(&source(&server.url, json!({})), quick());
     let asked = async |n: usize| {
         while server.asked().len() < n {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -312,7 +319,8 @@ async fn the_next_page_is_asked_for_ahead() {
     };
     let Rows::Pages(mut pages) = config.open(&opening).unwrap().rows else { panic!("it has pages") };
     let mut turn = async |token: Option<Value>| {
-        let (page, back) = tokio::task::spawn_blocking(move || (pages.page(token.as_ref()), pages)).await.unwrap();
+        let (page, back) =
+            tokio::task::spawn_blocking(move || (pages.page(token.as_ref()), pages)).await.unwrap();
         pages = back;
         page.unwrap()
     };
@@ -353,7 +361,8 @@ fn settings_that_cannot_be_are_refused_by_name() {
         assert!(error.contains(expected), "{rest}: {error}");
         assert!(!error.contains("s3cr3t"), "{error}");
     }
-    let typed = json!({"type": "qdrant", "url": "http://h:6333", "collection": "c", "points_filter": {"must": []}});
+    let typed =
+        json!({"type": "qdrant", "url": "http://h:6333", "collection": "c", "points_filter": {"must": []}});
     let source: SourceConfig = serde_json::from_value(typed).unwrap();
     let kept = serde_json::to_string(&source).unwrap();
     assert_eq!(serde_json::from_str::<SourceConfig>(&kept).unwrap(), source);

@@ -13,7 +13,7 @@ use crate::engine::training::TrainSequence;
 use crate::train::TrainJob;
 
 /// The first bytes; the number changes with the format.
-const MAGIC: &[u8] = b"gurukul training data 1\n";
+const MAGIC: &[u8] = b"gurukul training data 2\n";
 /// Bytes of a header; counters and five reasons are far fewer.
 const MAX_HEADER_BYTES: u64 = 1 << 24;
 
@@ -54,7 +54,8 @@ impl Position {
         self.cursor = Cursor::default();
         (self.taken, self.given) = (0, 0);
         let counters = &mut self.counters;
-        (counters.records, counters.bad, counters.skipped, counters.truncated) = (0, 0, 0, 0);
+        (counters.records, counters.bad, counters.filtered) = (0, 0, 0);
+        (counters.skipped, counters.truncated) = (0, 0);
     }
 
     /// Takes over the stream's counts.
@@ -62,6 +63,7 @@ impl Position {
         let rows = stream.rows();
         self.counters.records = rows.rows;
         self.counters.bad = rows.bad;
+        self.counters.filtered = rows.filtered;
         // A stream that goes on at a cursor finds some of them again, and does not know the taker's earlier ones.
         for reason in &rows.reasons {
             if self.counters.reasons.len() < MAX_REASONS && !self.counters.reasons.contains(reason) {

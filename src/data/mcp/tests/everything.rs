@@ -72,8 +72,16 @@ async fn check_everything(source: impl Fn(Value) -> SourceConfig) {
     ]});
     let (rows, error) = read(&source(resources)).await;
     assert_eq!((rows.len(), error), (4, None));
-    assert!(rows[1]["text"].as_str().unwrap().starts_with("Resource 2: This is a plaintext resource"), "{}", rows[1]);
-    assert!(rows[3]["text"].as_str().unwrap().starts_with("Resource 7: This is a base64 blob"), "{}", rows[3]);
+    assert!(
+        rows[1]["text"].as_str().unwrap().starts_with("Resource 2: This is a plaintext resource"),
+        "{}",
+        rows[1]
+    );
+    assert!(
+        rows[3]["text"].as_str().unwrap().starts_with("Resource 7: This is a base64 blob"),
+        "{}",
+        rows[3]
+    );
 
     let (rows, error) = read(&source(json!({"resources": ["demo://resource/static/document/*"]}))).await;
     assert_eq!(error, None);
@@ -84,7 +92,8 @@ async fn check_everything(source: impl Fn(Value) -> SourceConfig) {
     let expected = json!({"temperature": 36, "conditions": "Light rain / drizzle", "humidity": 82});
     assert_eq!((rows, error), (vec![expected], None));
 
-    let (_, error) = read(&source(json!({"tool": {"name": "echo", "arguments": {"message": "hello"}}}))).await;
+    let (_, error) =
+        read(&source(json!({"tool": {"name": "echo", "arguments": {"message": "hello"}}}))).await;
     assert!(error.as_ref().unwrap().contains("is no JSON"), "{error:?}");
     let (_, error) = read(&source(json!({"tool": {"name": "get-structured-content"}}))).await;
     assert!(error.as_ref().unwrap().contains("tool get-structured-content"), "{error:?}");
@@ -124,7 +133,8 @@ async fn server_filesystem_gives_the_rows_of_a_file() {
     std::fs::write(folder.join("lessons.jsonl"), text).unwrap();
     let command = ["node".to_owned(), script, folder.to_str().unwrap().to_owned()];
     let file = folder.join("lessons.jsonl");
-    let tool = |path: &str| json!({"name": "read_text_file", "rows_path": "content", "arguments": {"path": path}});
+    let tool =
+        |path: &str| json!({"name": "read_text_file", "rows_path": "content", "arguments": {"path": path}});
     let (found, error) = read(&source(&command, json!({"tool": tool(file.to_str().unwrap())}))).await;
     assert_eq!((found, error), (rows, None));
     let (_, error) = read(&source(&command, json!({"tool": tool("/etc/hostname")}))).await;
@@ -155,9 +165,17 @@ async fn alike(answer: &'static str) -> (String, std::sync::Arc<std::sync::atomi
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_no_mcp_server_or_refuses_is_said() {
     for (answer, attempts, expected) in [
-        ("HTTP/1.1 429 No\r\nretry-after: 0\r\ncontent-length: 0\r\n\r\n", 3, "answered 429 (after 3 attempts)"),
+        (
+            "HTTP/1.1 429 No\r\nretry-after: 0\r\ncontent-length: 0\r\n\r\n",
+            3,
+            "answered 429 (after 3 attempts)",
+        ),
         ("HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n", 3, "answered 503 (after 3 attempts)"),
-        ("HTTP/1.1 401 No\r\nwww-authenticate: Bearer\r\ncontent-length: 0\r\n\r\n", 1, "name the header under headers_env"),
+        (
+            "HTTP/1.1 401 No\r\nwww-authenticate: Bearer\r\ncontent-length: 0\r\n\r\n",
+            1,
+            "name the header under headers_env",
+        ),
         ("HTTP/1.1 401 No\r\ncontent-length: 0\r\n\r\n", 1, "name the header under headers_env"),
         ("HTTP/1.1 403 No\r\ncontent-length: 0\r\n\r\n", 1, "name the header under headers_env"),
         ("HTTP/1.1 404 No\r\ncontent-length: 0\r\n\r\n", 1, "is url the address of an MCP server?"),
