@@ -13,7 +13,7 @@ use super::train::located;
 use crate::app::CannotStart;
 use crate::config::Settings;
 use crate::config::connectors::Connectors;
-use crate::data::{Cursor, Resolved, SourceConfig, Template};
+use crate::data::{Cursor, RecordStream, SourceConfig, Survey, Template};
 use crate::train::template::decide;
 
 /// Files that `check` looks at.
@@ -107,7 +107,7 @@ async fn peek(name: &str, source: &SourceConfig, records: usize) -> anyhow::Resu
 /// Prints what is found as it is found; what is wrong is the error.
 async fn check(name: &str, source: &SourceConfig, limit: Duration) -> anyhow::Result<()> {
     print(&format!("source {name} ({}): {}\n", source.kind(), source.description()))?;
-    print(&resolved(&source.resolve(name, MAX_FILES).await?))?;
+    print(&parts(&source.survey(name, MAX_FILES).await?))?;
 
     let begun = Instant::now();
     let mut stream = source.open(name, Cursor::default());
@@ -125,6 +125,9 @@ async fn check(name: &str, source: &SourceConfig, limit: Duration) -> anyhow::Re
                 Err(_) => break,
             },
         };
+        for note in stream.take_notes() {
+            print(&format!("{note}\n"))?;
+        }
         let Some(record) = item.transpose()? else {
             ended = true;
             break;
@@ -160,9 +163,9 @@ fn of_source(source: &SourceConfig) -> Option<Template> {
     source.template.filter(|template| *template != Template::Auto)
 }
 
-fn resolved(resolved: &Resolved) -> String {
+fn parts(survey: &Survey) -> String {
     let mut text = String::new();
-    for part in &resolved.parts {
+    for part in &survey.parts {
         text += &format!("  {}", part.name);
         if let Some(bytes) = part.bytes {
             text += &format!(", {bytes} bytes");
@@ -175,13 +178,13 @@ fn resolved(resolved: &Resolved) -> String {
         }
         text.push('\n');
     }
-    if resolved.more {
+    if survey.more {
         text += "  and more\n";
     }
     text
 }
 
-fn figures(stream: &crate::data::RecordStream, bytes: usize, took: Duration, ended: bool) -> String {
+fn figures(stream: &RecordStream, bytes: usize, took: Duration, ended: bool) -> String {
     let seconds = took.as_secs_f64().max(1e-9);
     let rows = stream.rows();
     let records = stream.cursor().counts.records;
@@ -192,6 +195,9 @@ fn figures(stream: &crate::data::RecordStream, bytes: usize, took: Duration, end
         bytes as f64 / 1e6 / seconds,
     );
     text += &format!("{} of {} rows cannot be used\n", rows.bad, rows.rows);
+    if rows.filtered > 0 {
+        text += &format!("{} rows are kept out by the filter\n", rows.filtered);
+    }
     for reason in &rows.reasons {
         text += &format!("  {reason}\n");
     }

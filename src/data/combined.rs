@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::cursor::{At, Counts, Cursor};
 use super::object::Patience;
 use super::stream::{BadRows, RecordStream, Wanted};
-use super::{Location, Record, SourceConfig, at};
+use super::{Location, Record, SourceConfig, value_at};
 
 /// Sources that one may be made of, those of its sources included.
 const MAX_PARTS: usize = 64;
@@ -93,6 +93,19 @@ fn check_names<'n>(names: impl Iterator<Item = &'n str> + Clone, resolved: usize
     Ok(())
 }
 
+impl Location {
+    /// The sources that one is made of, with their names; none where it has data of its own.
+    pub(super) fn parts(&self) -> Vec<(&str, &SourceConfig)> {
+        match self {
+            Self::Mix(mix) => {
+                mix.sources.iter().map(|part| part.source.as_str()).zip(&mix.resolved).collect()
+            }
+            Self::Fallback(list) => list.sources.iter().map(String::as_str).zip(&list.resolved).collect(),
+            _ => Vec::new(),
+        }
+    }
+}
+
 impl SourceConfig {
     /// The source with the sources that it is made of inside. `find` gives one by its name, as it is typed; `name` is
     /// its own.
@@ -172,20 +185,6 @@ fn common<T: Clone + PartialEq>(
     Ok(own.or(said.map(|(_, value)| value)))
 }
 
-impl MixConfig {
-    /// What its names stand for.
-    pub(super) fn parts(&self) -> &[SourceConfig] {
-        &self.resolved
-    }
-}
-
-impl FallbackConfig {
-    /// What its names stand for.
-    pub(super) fn parts(&self) -> &[SourceConfig] {
-        &self.resolved
-    }
-}
-
 /// One of the sources, open.
 struct Part {
     name: String,
@@ -205,7 +204,7 @@ impl Part {
         Poll::Ready(item.map(|item| {
             let mut record = item.map_err(|error| error.to_string())?;
             for (name, path) in self.config.fields.iter().filter(|(name, path)| name != path) {
-                if let Some(value) = at(&record.fields, path).cloned() {
+                if let Some(value) = value_at(&record.fields, path).cloned() {
                     record.fields.insert(name.clone(), value);
                 }
             }

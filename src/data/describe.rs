@@ -97,12 +97,12 @@ mod tests {
     fn a_line_says_where_and_no_secret() {
         for (typed, expected) in [
             (json!({"type": "local", "path": "data/*.jsonl"}), "data/*.jsonl"),
-            (json!({"type": "http", "url": "https://h/a?token=s3cr3t"}), "https://h/a"),
             (
-                json!({"type": "mix", "sources": [{"source": "a", "weight": 2}, {"source": "b"}]}),
-                "a × 2, b × 1",
+                json!({"type": "mix", "sources": [{"source": "a", "weight": 2.5}, {"source": "b"}]}),
+                "a × 2.5, b × 1",
             ),
             (json!({"type": "fallback", "sources": ["a", "b"]}), "a, else b"),
+            (json!({"type": "http", "url": "https://h/a?token=s3cr3t"}), "https://h/a"),
             (
                 json!({"type": "http", "urls": ["http://h/a", "http://h/b", "http://h/c"]}),
                 "http://h/a and 2 more",

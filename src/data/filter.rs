@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use unicode_segmentation::UnicodeSegmentation as _;
 
-use super::{SourceConfig, Template, at, usual_names};
+use super::{SourceConfig, Template, usual_names, value_at};
 use crate::text::identify::{SHARE, is_in};
 use crate::text::language::Language;
 use crate::text::script::Script;
@@ -128,7 +128,7 @@ impl Sieve {
 
     pub(super) fn judge(&self, record: &Map<String, Value>) -> Verdict {
         let text = match &self.field {
-            Some(path) => match at(record, path) {
+            Some(path) => match value_at(record, path) {
                 Some(Value::String(text)) => Cow::from(text),
                 Some(_) => return Verdict::Bad(format!("the field {path} to filter by is no text")),
                 None => return Verdict::Bad(format!("there is no field {path} to filter by")),
@@ -147,7 +147,7 @@ impl Sieve {
 
     fn learnt<'r>(&self, record: &'r Map<String, Value>) -> Option<Cow<'r, str>> {
         self.names.iter().find_map(|(field, names)| {
-            let value = names.iter().find_map(|name| at(record, name).filter(|v| !v.is_null()))?;
+            let value = names.iter().find_map(|name| value_at(record, name).filter(|v| !v.is_null()))?;
             match value {
                 Value::String(text) => Some(Cow::from(text)),
                 Value::Array(messages) if *field == "messages" => Some(Cow::from(answers(messages))),

@@ -15,10 +15,10 @@ mod mcp;
 mod object;
 mod qdrant;
 mod reader;
-mod resolve;
 mod retry;
 mod source;
 mod stream;
+mod survey;
 #[cfg(test)]
 mod tests;
 
@@ -34,9 +34,9 @@ pub use self::http::HttpConfig;
 pub use self::local::LocalConfig;
 pub use self::mcp::McpConfig;
 pub use self::qdrant::QdrantConfig;
-pub use self::resolve::{Part, Resolved};
 pub use self::source::{FIELD_NAMES, Format, Location, SourceConfig, Template, usual_names};
 pub use self::stream::{BadRows, RecordStream};
+pub use self::survey::{Part, Survey};
 
 /// One record: a row, an object, a line of text.
 #[derive(Debug, Clone, PartialEq)]
@@ -56,12 +56,11 @@ impl Record {
     /// The value at a path: the field of exactly this name, else step by step into nested objects, as in
     /// `translation.hi`, and lists, as in `answers.0`.
     pub fn at(&self, path: &str) -> Option<&Value> {
-        at(&self.fields, path)
+        value_at(&self.fields, path)
     }
 }
 
-/// [`Record::at`], of fields that are no record yet.
-fn at<'a>(fields: &'a Map<String, Value>, path: &str) -> Option<&'a Value> {
+fn value_at<'r>(fields: &'r Map<String, Value>, path: &str) -> Option<&'r Value> {
     if let Some(value) = fields.get(path) {
         return Some(value);
     }

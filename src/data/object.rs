@@ -96,14 +96,14 @@ pub(super) struct Opening {
 }
 
 impl Opening {
-    /// For reading from the beginning. Must be called inside the asynchronous runtime.
+    /// For reading everything from the beginning. Must be called inside the asynchronous runtime.
     pub(super) fn new(source: &SourceConfig, patience: Patience) -> Self {
         Self {
             runtime: tokio::runtime::Handle::current(),
             patience,
             stop: CancellationToken::new(),
             format: source.format,
-            fields: source.needed(),
+            fields: Vec::new(),
             pin: None,
         }
     }

@@ -268,8 +268,8 @@ impl Reading {
         };
         let mut opening = Opening::new(config, patience);
         opening.pin = from.as_ref().and_then(|mark| mark.pin.as_ref().clone());
-        if wanted == Wanted::All {
-            opening.fields.clear();
+        if wanted == Wanted::Named {
+            opening.fields = config.needed();
         }
         let stop = opening.stop.clone();
         Ok(Self {

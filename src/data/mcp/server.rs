@@ -15,6 +15,7 @@ use rmcp::transport::streamable_http_client::{StreamableHttpClientTransportConfi
 use rmcp::transport::{StreamableHttpClientTransport, TokioChildProcess};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 use tokio::process::{ChildStderr, Command};
+use tokio_util::sync::CancellationToken;
 
 use super::super::http::{client, headers, with_causes};
 use super::super::object::Opening;
@@ -115,6 +116,9 @@ impl Server {
                 Ok(answer)
             }
             Ok(Err(error)) => {
+                if self.config.url.is_none() && connection.service.peer().is_transport_closed() {
+                    connection.stderr.settle().await;
+                }
                 let failure = of_service(&error, method, &connection.stderr);
                 // One that answers, if only with an error, lives; one that is dead or stuck is started anew.
                 if matches!(error, ServiceError::McpError(_)) {
@@ -148,7 +152,12 @@ async fn connect(config: &McpConfig, opening: &Opening, limit: Duration) -> Resu
     };
     match service {
         Ok(Ok(service)) => Ok(Connection { service, stderr }),
-        Ok(Err(error)) => Err(of_start(error, &stderr)),
+        Ok(Err(error)) => {
+            if config.url.is_none() {
+                stderr.settle().await;
+            }
+            Err(of_start(error, &stderr))
+        }
         Err(_) => Err(Failure::passing(no_answer(limit))),
     }
 }
@@ -199,11 +208,15 @@ fn child(config: &McpConfig, stderr: &Lines) -> Result<TokioChildProcess, Failur
 
 /// The last lines that a server wrote to its standard error.
 #[derive(Clone, Default)]
-struct Lines(Arc<Mutex<VecDeque<String>>>);
+struct Lines {
+    last: Arc<Mutex<VecDeque<String>>>,
+    ended: CancellationToken,
+}
 
 impl Lines {
     /// Logs lines and keeps the last ones until there are no more.
     async fn keep(self, program: String, errors: ChildStderr) {
+        let _ended = self.ended.clone().drop_guard();
         let mut reader = BufReader::new(errors);
         let mut line = Vec::new();
         loop {
@@ -218,7 +231,7 @@ impl Lines {
                 continue;
             }
             tracing::info!(program, "MCP server: {text}");
-            let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut lines = self.last.lock().unwrap_or_else(PoisonError::into_inner);
             lines.push_back(text);
             if lines.len() > KEPT_LINES {
                 lines.pop_front();
@@ -226,9 +239,14 @@ impl Lines {
         }
     }
 
+    /// Waits for the last words of a server that has ended, which come another way than its answers.
+    async fn settle(&self) {
+        let _ = tokio::time::timeout(Duration::from_millis(500), self.ended.cancelled()).await;
+    }
+
     /// For the end of a message.
     fn said(&self) -> String {
-        let lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let lines = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         match lines.is_empty() {
             true => String::new(),
             false => format!(

@@ -4,8 +4,8 @@
 use rmcp::model::{CallToolRequestParams, CallToolResult, PaginatedRequestParams};
 use serde_json::{Map, Value};
 
-use super::super::at;
 use super::super::object::{Page, Pages};
+use super::super::value_at;
 use super::ToolConfig;
 use super::server::{Server, plain};
 
@@ -160,7 +160,7 @@ fn page_of(tool: &ToolConfig, value: &Value) -> Result<(Taken, Option<Value>), S
 }
 
 fn step_to<'a>(value: &'a Value, path: &str) -> Option<&'a Value> {
-    at(value.as_object()?, path)
+    value_at(value.as_object()?, path)
 }
 
 /// A list gives its elements, an object is one row, a text holds either of them or an object a line.

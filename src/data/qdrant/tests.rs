@@ -10,7 +10,6 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
-use tokio_util::sync::CancellationToken;
 
 use super::super::tests::drain;
 use super::super::{Cursor, SourceConfig};
@@ -312,14 +311,7 @@ async fn the_next_page_is_asked_for_ahead() {
         with_payload: Vec::new(),
         page_size: 2,
     };
-    let opening = Opening {
-        runtime: tokio::runtime::Handle::current(),
-        patience: quick(),
-        stop: CancellationToken::new(),
-        format: super::super::Format::Auto,
-        fields: Vec::new(),
-        pin: None,
-    };
+    let opening = Opening::new(&source(&server.url, json!({})), quick());
     let asked = async |n: usize| {
         while server.asked().len() < n {
             tokio::time::sleep(Duration::from_millis(5)).await;
