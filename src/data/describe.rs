@@ -2,7 +2,8 @@
 
 use reqwest::Url;
 
-use super::{HttpConfig, Location, McpConfig, QdrantConfig, SourceConfig};
+use super::hub::HuggingFaceConfig;
+use super::{HttpConfig, Location, McpConfig, QdrantConfig, S3Config, SourceConfig};
 
 impl SourceConfig {
     /// Where the data lies, in one line without secrets.
@@ -10,6 +11,8 @@ impl SourceConfig {
         match &self.location {
             Location::Local(local) => local.path.clone(),
             Location::Http(http) => http.describe(),
+            Location::HuggingFace(set) => set.describe(),
+            Location::S3(s3) => s3.describe(),
             Location::Qdrant(qdrant) => qdrant.describe(),
             Location::Mcp(mcp) => mcp.describe(),
             Location::Mix(mix) => {
@@ -46,6 +49,27 @@ impl HttpConfig {
     fn describe(&self) -> String {
         let urls: Vec<String> = self.url.iter().chain(&self.urls).map(|url| address(url)).collect();
         first_of(&urls)
+    }
+}
+
+impl HuggingFaceConfig {
+    fn describe(&self) -> String {
+        let config = self.config.as_ref().map_or(String::new(), |config| format!(" {config}"));
+        let revision = self.revision.as_ref().map_or(String::new(), |revision| format!("@{revision}"));
+        format!("{}{revision}{config}, {}", self.repo, self.split)
+    }
+}
+
+impl S3Config {
+    fn describe(&self) -> String {
+        let keys = match (&self.prefix, self.keys.is_empty()) {
+            (Some(prefix), _) => format!("{prefix}*"),
+            (None, true) => "*".into(),
+            (None, false) => first_of(&self.keys),
+        };
+        let endpoint =
+            self.endpoint_url.as_ref().map_or(String::new(), |url| format!(" at {}", address(url)));
+        format!("s3://{}/{keys}{endpoint}", self.bucket)
     }
 }
 
@@ -97,6 +121,11 @@ mod tests {
     fn a_line_says_where_and_no_secret() {
         for (typed, expected) in [
             (json!({"type": "local", "path": "data/*.jsonl"}), "data/*.jsonl"),
+            (
+                json!({"type": "huggingface", "repo": "org/set", "config": "hi", "revision": "v1"}),
+                "org/set@v1 hi, train",
+            ),
+            (json!({"type": "s3", "bucket": "b", "prefix": "hi/"}), "s3://b/hi/*"),
             (
                 json!({"type": "mix", "sources": [{"source": "a", "weight": 2.5}, {"source": "b"}]}),
                 "a × 2.5, b × 1",
