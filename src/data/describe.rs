@@ -12,6 +12,17 @@ impl SourceConfig {
             Location::Http(http) => http.describe(),
             Location::Qdrant(qdrant) => qdrant.describe(),
             Location::Mcp(mcp) => mcp.describe(),
+            Location::HuggingFace(hub) => {
+                let config = hub.config.as_ref().map_or(String::new(), |config| format!(", {config}"));
+                format!("{}{config}, {}", hub.repo, hub.split)
+            }
+            Location::S3(s3) => {
+                let what = match s3.keys.is_empty() {
+                    true => s3.prefix.clone().unwrap_or_default(),
+                    false => first_of(&s3.keys),
+                };
+                format!("s3://{}/{what}", s3.bucket)
+            }
             Location::Mix(mix) => {
                 let parts = mix.sources.iter().map(|part| format!("{} × {}", part.source, part.weight));
                 parts.collect::<Vec<_>>().join(", ")
@@ -102,6 +113,9 @@ mod tests {
                 "a × 2.5, b × 1",
             ),
             (json!({"type": "fallback", "sources": ["a", "b"]}), "a, else b"),
+            (json!({"type": "huggingface", "repo": "org/name", "config": "hi"}), "org/name, hi, train"),
+            (json!({"type": "s3", "bucket": "lessons", "prefix": "hi/"}), "s3://lessons/hi/"),
+            (json!({"type": "s3", "bucket": "lessons", "keys": ["a", "b"]}), "s3://lessons/a and 1 more"),
             (json!({"type": "http", "url": "https://h/a?token=s3cr3t"}), "https://h/a"),
             (
                 json!({"type": "http", "urls": ["http://h/a", "http://h/b", "http://h/c"]}),

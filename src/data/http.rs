@@ -1,38 +1,40 @@
-//! Bytes of an http or https address as a blocking reader. A body that is cut goes on where it stopped; what
-//! changes in between, or stays cut, is an error. Knows nothing of rows.
+//! Files at http and https addresses, as the configuration writes them. Knows nothing of rows.
+
+mod template;
 
 use std::collections::BTreeMap;
-use std::io::{self, Read};
-use std::ops::Range;
-use std::time::Duration;
 
-use flate2::Crc;
-use reqwest::header::{
-    ACCEPT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderName, HeaderValue, IF_RANGE,
-    LOCATION, RANGE, RETRY_AFTER,
-};
+use futures::StreamExt as _;
+use reqwest::header::{HeaderMap, HeaderName, HeaderValue, IF_RANGE, RANGE};
 use reqwest::{Response, StatusCode, Url};
 use serde::{Deserialize, Serialize};
-use tokio_util::bytes::Bytes;
 
-use super::object::{Object, Opened, Opening, Patience, Rows, Stat};
+use self::template::expand;
+use super::object::{Object, Opened, Opening, Rows, Stat};
+use super::remote::{Answer, Failure, Remote, RemoteObject};
+use super::web;
 
 /// More redirects than this go in a circle.
 const MAX_REDIRECTS: usize = 10;
 /// Longest wait that a server can ask for.
-const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
+const MAX_RETRY_AFTER: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// The keys of `type: http`.
+///
+/// A connection that breaks goes on where it stopped. That works best with a server that knows ranges and gives a
+/// strong `ETag` or a `Last-Modified`; without them the file is read again from its start and compared. Parquet files
+/// need ranges.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct HttpConfig {
-    /// One address.
+    /// One address, or many written as one: `part-{00000..00042}.jsonl.gz` stands for 43, `{hi,ta}.csv` for two.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub url: Option<String>,
-    /// Or several.
+    /// Or several such, read one after another.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub urls: Vec<String>,
-    /// Names of headers to names of the environment variables that hold their values.
+    /// Names of headers to names of the environment variables that hold their values. They are sent to each address's
+    /// own host, and to no other that it redirects to.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub headers_env: BTreeMap<String, String>,
 }
@@ -42,17 +44,40 @@ impl HttpConfig {
         if self.url.is_some() != self.urls.is_empty() {
             return Err("give either url, or urls with at least one address".into());
         }
-        self.url.iter().chain(&self.urls).try_for_each(|url| check_url(url))?;
+        self.addresses()?.iter().try_for_each(|url| check_url(url))?;
         self.headers_env.iter().try_for_each(|(header, variable)| check_header(header, variable))
+    }
+
+    fn addresses(&self) -> Result<Vec<String>, String> {
+        let mut addresses = Vec::new();
+        for template in self.url.iter().chain(&self.urls) {
+            addresses.extend(expand(template)?);
+            if addresses.len() > template::MAX_ADDRESSES {
+                return Err(format!("urls: they stand for more than {} addresses", template::MAX_ADDRESSES));
+            }
+        }
+        Ok(addresses)
     }
 
     pub(super) fn open(&self, opening: &Opening) -> Result<Opened, String> {
         let headers = headers(&self.headers_env)?;
+        let addresses = self.addresses()?;
         let opening = opening.clone();
-        let urls: Vec<String> = self.url.iter().chain(&self.urls).cloned().collect();
-        let objects = urls.into_iter().map(move |url| {
-            let object = Address::new(&url, headers.clone(), opening.clone())?;
-            Ok(Box::new(object) as Box<dyn Object>)
+        // One for all, so that files of one host share its connections. Hosts of this machine get no proxy.
+        let mut client: Option<(String, reqwest::Client)> = None;
+        let objects = addresses.into_iter().map(move |address| {
+            let url = Url::parse(&address).map_err(|e| format!("'{address}' is no address: {e}"))?;
+            let host = url.host_str().unwrap_or_default().to_owned();
+            let patience = opening.patience;
+            let http = match &client {
+                Some((known, http)) if *known == host => http.clone(),
+                _ => {
+                    let http = web::client(&url, patience.connect, patience.idle)?;
+                    client.insert((host, http)).1.clone()
+                }
+            };
+            let address = Address { http, shown: shown(&url), url, headers: headers.clone() };
+            Ok(Box::new(RemoteObject::new(address, opening.clone())) as Box<dyn Object>)
         });
         Ok(Opened { rows: Rows::Files(Box::new(objects)), pin: None })
     }
@@ -114,78 +139,6 @@ pub(super) fn headers(headers_env: &BTreeMap<String, String>) -> Result<HeaderMa
     Ok(headers)
 }
 
-/// What lies at one address.
-struct Address {
-    url: Url,
-    shown: String,
-    headers: HeaderMap,
-    opening: Opening,
-    /// Asked for, and not read yet.
-    begun: Option<Body>,
-}
-
-impl Address {
-    fn new(url: &str, headers: HeaderMap, opening: Opening) -> Result<Self, String> {
-        let url = Url::parse(url).map_err(|e| format!("'{url}' is no address: {e}"))?;
-        Ok(Self { shown: shown(&url), url, headers, opening, begun: None })
-    }
-
-    fn body(&self) -> Result<Body, String> {
-        Ok(Body {
-            client: client(&self.url, self.opening.patience)?,
-            shown: self.shown.clone(),
-            url: self.url.clone(),
-            headers: self.headers.clone(),
-            patience: self.opening.patience,
-            response: None,
-            rest: None,
-            position: 0,
-            crc: Crc::new(),
-            again: None,
-            etag: None,
-            total: None,
-            knows_ranges: true,
-            failures: 0,
-        })
-    }
-}
-
-impl Object for Address {
-    fn shown(&self) -> &str {
-        &self.shown
-    }
-
-    fn stat(&mut self) -> Result<Stat, String> {
-        let mut body = self.body()?;
-        let first = self.opening.wait(body.next())?;
-        let version = body.etag.as_ref().and_then(|etag| etag.to_str().ok()).map(str::to_owned);
-        let stat = Stat { length: body.total, version };
-        body.rest = first;
-        self.begun = Some(body);
-        Ok(stat)
-    }
-
-    fn read_from(&mut self, offset: u64) -> Result<Box<dyn Read + Send + '_>, String> {
-        let body = match self.begun.take() {
-            Some(body) => body,
-            None => self.body()?,
-        };
-        let mut reader = Reader { body, opening: &self.opening, rest: io::Cursor::default(), ended: false };
-        let passed =
-            io::copy(&mut reader.by_ref().take(offset), &mut io::sink()).map_err(|e| e.to_string())?;
-        if passed < offset {
-            return Err(format!("ends after {passed} bytes, before byte {offset}"));
-        }
-        Ok(Box::new(reader))
-    }
-
-    fn read_range(&mut self, range: Range<u64>) -> Result<Bytes, String> {
-        let mut bytes = vec![0; (range.end - range.start) as usize];
-        self.read_from(range.start)?.read_exact(&mut bytes).map_err(|e| e.to_string())?;
-        Ok(bytes.into())
-    }
-}
-
 /// The address without its query, which may hold what is not for messages.
 fn shown(url: &Url) -> String {
     let mut url = url.clone();
@@ -194,251 +147,107 @@ fn shown(url: &Url) -> String {
     url.into()
 }
 
-pub(super) fn client(url: &Url, patience: Patience) -> Result<reqwest::Client, String> {
-    // Fails when somebody installed a provider before, which then serves as well.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let mut headers = HeaderMap::new();
-    // A compressed answer would have another length, and ranges of it another meaning.
-    headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-    let mut builder = reqwest::Client::builder()
-        .user_agent(concat!("gurukul/", env!("CARGO_PKG_VERSION")))
-        .default_headers(headers)
-        .connect_timeout(patience.connect)
-        .read_timeout(patience.idle)
-        // Followed by hand: headers with secrets go to the address's own host only.
-        .redirect(reqwest::redirect::Policy::none());
-    if url.host_str().is_some_and(|host| host == "localhost" || host.starts_with("127.") || host == "[::1]") {
-        builder = builder.no_proxy();
-    }
-    builder.build().map_err(|error| {
-        format!(
-            "cannot set up TLS ({}); install the system's root certificates (Debian: apt-get install \
-             ca-certificates) or name a file of them in SSL_CERT_FILE",
-            words(error)
-        )
-    })
-}
-
-/// An error with its causes and without the address, whose query may hold what is not for messages.
-pub(super) fn words(error: reqwest::Error) -> String {
-    let error = error.without_url();
-    with_causes(error.to_string(), &error)
-}
-
-/// A text with those causes of an error that it does not hold yet.
-pub(super) fn with_causes(mut text: String, error: &dyn std::error::Error) -> String {
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        let inner_text = inner.to_string();
-        if !text.contains(&inner_text) {
-            text = format!("{text}: {inner_text}");
-        }
-        cause = inner.source();
-    }
-    text
-}
-
-/// A body as a reader, for a thread that may block.
-struct Reader<'a> {
-    body: Body,
-    opening: &'a Opening,
-    rest: io::Cursor<Bytes>,
-    ended: bool,
-}
-
-impl Read for Reader<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            let n = self.rest.read(buffer)?;
-            if n > 0 || self.ended || buffer.is_empty() {
-                return Ok(n);
-            }
-            match self.opening.wait(self.body.next()).map_err(io::Error::other)? {
-                Some(bytes) => self.rest = io::Cursor::new(bytes),
-                None => self.ended = true,
-            }
-        }
-    }
-}
-
-/// What went wrong with one attempt.
-enum Failure {
-    /// Another attempt may mend it.
-    Passing { reason: String, wait: Option<Duration> },
-    /// Nothing will.
-    Final(String),
-}
-
-impl Failure {
-    fn passing(reason: impl Into<String>) -> Self {
-        Self::Passing { reason: reason.into(), wait: None }
-    }
-
-    fn changed() -> Self {
-        Self::Final("the data was changed while it was read; start anew".into())
-    }
-}
-
-/// Bytes that a repeated answer begins with and that were handed on before.
-struct Again {
-    left: u64,
-    crc: Crc,
-}
-
-struct Body {
-    client: reqwest::Client,
+/// What lies at one address.
+struct Address {
+    http: reqwest::Client,
     url: Url,
     shown: String,
     headers: HeaderMap,
-    patience: Patience,
-    response: Option<Response>,
-    /// Bytes that came and are not handed on yet.
-    rest: Option<Bytes>,
-    /// Bytes handed on.
-    position: u64,
-    /// Their checksum.
-    crc: Crc,
-    again: Option<Again>,
-    /// A strong one, fit for ranges.
-    etag: Option<HeaderValue>,
-    /// Bytes of the whole, where the server says.
-    total: Option<u64>,
-    knows_ranges: bool,
-    /// Attempts in a row that brought nothing new.
-    failures: u32,
 }
 
-impl Body {
-    /// The next bytes; `None` at the end.
-    async fn next(&mut self) -> Result<Option<Bytes>, String> {
-        if let Some(rest) = self.rest.take() {
-            return Ok(Some(rest));
-        }
-        loop {
-            match self.attempt().await {
-                Ok(bytes) => return Ok(bytes),
-                Err(Failure::Final(reason)) => return Err(reason),
-                Err(Failure::Passing { reason, wait }) => {
-                    self.response = None;
-                    self.failures += 1;
-                    if self.failures > self.patience.retries {
-                        let of = self.total.map_or(String::new(), |total| format!(" of {total}"));
-                        return Err(format!(
-                            "{reason} (after {}{of} bytes and {} attempts)",
-                            self.position, self.failures
-                        ));
-                    }
-                    let backoff = self.patience.backoff * 2_u32.saturating_pow(self.failures - 1);
-                    let wait = wait.unwrap_or(backoff);
-                    tracing::warn!(address = self.shown, reason, wait_s = wait.as_secs_f64(), "trying again");
-                    tokio::time::sleep(wait).await;
-                }
-            }
-        }
+impl Remote for Address {
+    fn shown(&self) -> &str {
+        &self.shown
     }
 
-    async fn attempt(&mut self) -> Result<Option<Bytes>, Failure> {
-        if self.response.is_none() {
-            self.response = Some(self.ask().await?);
-        }
-        loop {
-            let Some(response) = &mut self.response else { return Ok(None) };
-            let Some(mut bytes) = response.chunk().await.map_err(|e| Failure::passing(words(e)))? else {
-                return self.end();
-            };
-            if let Some(again) = &mut self.again {
-                let known = bytes.split_to(again.left.min(bytes.len() as u64) as usize);
-                again.crc.update(&known);
-                again.left -= known.len() as u64;
-                if again.left > 0 {
-                    continue;
-                }
-                if again.crc.sum() != self.crc.sum() {
-                    return Err(Failure::changed());
-                }
-                self.again = None;
-            }
-            if bytes.is_empty() {
-                continue;
-            }
-            self.position += bytes.len() as u64;
-            self.crc.update(&bytes);
-            self.failures = 0;
-            return Ok(Some(bytes));
-        }
-    }
-
-    /// The answer is over: is it complete?
-    fn end(&self) -> Result<Option<Bytes>, Failure> {
-        match self.total {
-            Some(total) if self.position < total => Err(Failure::passing("the connection ended")),
-            Some(total) if self.position > total => Err(Failure::Final(format!(
-                "{} bytes came where {total} were announced; ask whoever runs the server",
-                self.position
-            ))),
-            None if self.again.is_some() => Err(Failure::changed()),
-            _ => Ok(None),
-        }
-    }
-
-    /// Asks for what is still to come, and makes sure that it belongs to what came before.
-    async fn ask(&mut self) -> Result<Response, Failure> {
-        let range = self.etag.clone().filter(|_| self.position > 0 && self.knows_ranges);
-        let asked_range = range.is_some();
-        let response = self.send(range).await?;
-        self.again = None;
+    /// By asking for the first byte: not every server answers `HEAD`, and signed addresses are good for one method. A
+    /// server that ignores ranges begins with the whole, which is what will be read.
+    async fn stat(&mut self) -> Result<(Stat, Option<Answer>), Failure> {
+        let response = self.send(Some("bytes=0-0"), None).await?;
+        let version = web::version(&response).map(str::to_owned);
         match response.status() {
-            StatusCode::PARTIAL_CONTENT if asked_range => {
-                let (start, total) = range_of(&response).unwrap_or((u64::MAX, None));
-                if start != self.position || (self.total.is_some() && self.total != total) {
-                    self.knows_ranges = false;
-                    return Err(Failure::passing("the server answered with another range"));
+            StatusCode::PARTIAL_CONTENT => {
+                let length = web::content_range(&response).and_then(|(_, _, total)| total);
+                let stat = Stat { length, version };
+                // Read to its end, so that the connection serves the next request; unless more comes than was asked
+                // for.
+                if web::content_length(&response).is_some_and(|bytes| bytes <= 1) {
+                    response.bytes().await.map_err(|error| Failure::passing(web::words(error)))?;
                 }
-                self.total = total;
+                Ok((stat, None))
             }
-            StatusCode::RANGE_NOT_SATISFIABLE if asked_range => return Err(Failure::changed()),
-            StatusCode::OK => {
-                let etag = strong_etag(&response);
-                let total = number(&response, CONTENT_LENGTH.as_str());
-                if self.position == 0 {
-                    (self.etag, self.total) = (etag, total);
-                } else if (self.etag.is_some() && etag.is_some() && self.etag != etag)
-                    || (self.total.is_some() && total.is_some() && self.total != total)
-                {
-                    return Err(Failure::changed());
-                } else {
-                    self.again = Some(Again { left: self.position, crc: Crc::new() });
+            // No byte is there to be the first.
+            StatusCode::RANGE_NOT_SATISFIABLE => {
+                let total =
+                    web::header(&response, "content-range").and_then(|text| text.strip_prefix("bytes */"));
+                match total.map(str::parse) {
+                    Some(Ok(0)) | None => Ok((Stat { length: Some(0), version }, None)),
+                    _ => Err(Failure::passing("the server has no first byte of a file that is not empty")),
                 }
             }
-            status => return Err(Failure::Final(format!("the server answered {status}, which is no file"))),
+            _ => {
+                let answer = whole(response)?;
+                Ok((answer.stat.clone(), Some(answer)))
+            }
         }
-        Ok(response)
     }
 
+    async fn get(&mut self, start: u64, end: Option<u64>, version: Option<&str>) -> Result<Answer, Failure> {
+        let range = match (start, end) {
+            (0, None) => None,
+            (start, None) => Some(format!("bytes={start}-")),
+            (start, Some(end)) => Some(format!("bytes={start}-{}", end.saturating_sub(1))),
+        };
+        let response = self.send(range.as_deref(), version).await?;
+        match response.status() {
+            StatusCode::PARTIAL_CONTENT if range.is_some() => {
+                let (start, _, length) = web::content_range(&response)
+                    .ok_or_else(|| Failure::passing("the server does not say which bytes it sends"))?;
+                let stat = Stat { length, version: web::version(&response).map(str::to_owned) };
+                Ok(Answer { start, ranged: true, stat, body: body(response) })
+            }
+            StatusCode::RANGE_NOT_SATISFIABLE => Err(Failure::changed()),
+            _ => Ok(Answer { ranged: range.is_none(), ..whole(response)? }),
+        }
+    }
+}
+
+/// An answer with all bytes.
+fn whole(response: Response) -> Result<Answer, Failure> {
+    if response.status() != StatusCode::OK {
+        let status = response.status();
+        return Err(Failure::Final(format!("the server answered {status}, which is no file")));
+    }
+    let version = web::version(&response).map(str::to_owned);
+    let stat = Stat { length: web::content_length(&response), version };
+    Ok(Answer { start: 0, ranged: false, stat, body: body(response) })
+}
+
+fn body(response: Response) -> futures::stream::BoxStream<'static, Result<tokio_util::bytes::Bytes, String>> {
+    response.bytes_stream().map(|bytes| bytes.map_err(web::words)).boxed()
+}
+
+impl Address {
     /// Sends the request and follows redirects; the answer is a success or a range that cannot be.
-    async fn send(&self, range: Option<HeaderValue>) -> Result<Response, Failure> {
+    async fn send(&self, range: Option<&str>, version: Option<&str>) -> Result<Response, Failure> {
         let mut url = self.url.clone();
         for _ in 0..MAX_REDIRECTS {
-            let mut request = self.client.get(url.clone());
+            let mut request = self.http.get(url.clone());
             if url.origin() == self.url.origin() {
                 request = request.headers(self.headers.clone());
             }
-            if let Some(etag) = &range {
-                request = request.header(RANGE, format!("bytes={}-", self.position)).header(IF_RANGE, etag);
+            if let Some(range) = range {
+                request = request.header(RANGE, range);
+                // Another version is then sent as a whole, and noticed.
+                if let Some(version) = version {
+                    request = request.header(IF_RANGE, version);
+                }
             }
-            let response = request.send().await.map_err(|e| Failure::passing(words(e)))?;
+            let response = request.send().await.map_err(|e| Failure::passing(web::words(e)))?;
             if !response.status().is_redirection() {
                 return judge(response);
             }
-            let target = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
-            let target = target.and_then(|text| url.join(text).ok());
-            let target = target
-                .filter(|url| matches!(url.scheme(), "http" | "https"))
-                .ok_or_else(|| Failure::Final(format!("answered {} to nowhere", response.status())))?;
-            if url.scheme() == "https" && target.scheme() != "https" {
-                return Err(Failure::Final("leads from https to http; correct the address".into()));
-            }
-            url = target;
+            url = web::redirect(&response, &url).map_err(Failure::Final)?;
         }
         Err(Failure::Final(format!("more than {MAX_REDIRECTS} redirects; correct the address")))
     }
@@ -452,9 +261,7 @@ fn judge(response: Response) -> Result<Response, Failure> {
     }
     let reason = format!("the server answered {status}");
     if status.is_server_error() || matches!(status.as_u16(), 408 | 429) {
-        let wait = number(&response, RETRY_AFTER.as_str());
-        let wait = wait.map(|seconds| Duration::from_secs(seconds).min(MAX_RETRY_AFTER));
-        return Err(Failure::Passing { reason, wait });
+        return Err(Failure::Passing { reason, wait: web::retry_after(&response, MAX_RETRY_AFTER) });
     }
     let remedy = match status.as_u16() {
         401 | 403 => "; name the header that it asks for under headers_env",
@@ -462,21 +269,4 @@ fn judge(response: Response) -> Result<Response, Failure> {
         _ => "",
     };
     Err(Failure::Final(format!("{reason}{remedy}")))
-}
-
-fn number(response: &Response, header: &str) -> Option<u64> {
-    response.headers().get(header)?.to_str().ok()?.trim().parse().ok()
-}
-
-/// The entity tag, unless it is a weak one, which says nothing about bytes.
-fn strong_etag(response: &Response) -> Option<HeaderValue> {
-    response.headers().get(ETAG).filter(|value| value.as_bytes().starts_with(b"\"")).cloned()
-}
-
-/// First byte and length of the whole, of an answer with a range.
-fn range_of(response: &Response) -> Option<(u64, Option<u64>)> {
-    let text = response.headers().get(CONTENT_RANGE)?.to_str().ok()?;
-    let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
-    let (start, _) = range.split_once('-')?;
-    Some((start.parse().ok()?, total.parse().ok()))
 }

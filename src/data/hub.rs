@@ -1,11 +1,13 @@
-//! The files of a model from a Hugging Face style hub, in the cache layout of the Python package
-//! `huggingface_hub`, so that both share one cache. Knows names of files, not what they hold (but for the list of
-//! shards in `model.safetensors.index.json`).
+//! A Hugging Face style hub. The files of a model come into the cache, in the layout of the Python package
+//! `huggingface_hub`, so that both share one; those of a data set are streamed. Knows names of files, not what they
+//! hold (but for the list of shards in `model.safetensors.index.json` and what a data set's README says of its parts).
 //!
 //! `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`, `HF_HUB_CACHE` and `HF_HUB_OFFLINE` mean what they mean there.
 
 mod cache;
 mod client;
+mod dataset;
+mod repo;
 #[cfg(test)]
 mod tests;
 
@@ -15,8 +17,10 @@ use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 
+pub use self::dataset::{HuggingFaceConfig, Patterns};
 use cache::RepoCache;
 use client::{Client, FetchError};
+use repo::{Kind, Listing, Repo};
 
 /// Whether downloads draw a bar.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -175,6 +179,7 @@ impl Hub {
     /// As [`resolve_model`].
     pub async fn model(&self, id: &ModelId, progress: Progress) -> anyhow::Result<PathBuf> {
         let cache = RepoCache::new(&self.cache_dir, &id.repo);
+        let repo = Repo { kind: Kind::Model, name: id.repo.clone() };
         let cached = cache.complete_snapshot(&id.revision);
         if let Ok(snapshot) = &cached
             && cache::is_commit(&id.revision)
@@ -191,7 +196,7 @@ impl Hub {
         }
         // With a copy at hand nobody should wait through all the retries.
         let patience = if cached.is_ok() { client::Patience::Short } else { client::Patience::Long };
-        let listing = match (self.client.listing(id, patience).await, cached) {
+        let listing = match (self.client.listing(&repo, &id.revision, patience).await, cached) {
             (Ok(listing), _) => listing,
             (Err(error), Ok(snapshot)) if error.is_unreachable() => {
                 tracing::warn!(
@@ -207,7 +212,7 @@ impl Hub {
             }
             (Err(error), _) => return Err(anyhow::Error::new(error).context(format!("model {}", id.repo))),
         };
-        let snapshot = self.download(id, &cache, &listing, progress).await.map_err(|error| {
+        let snapshot = self.download(&repo, &cache, &listing, progress).await.map_err(|error| {
             anyhow::Error::new(error).context(format!("model {} at {}", id.repo, listing.commit))
         })?;
         // Last, so that the name stands for a complete snapshot. The files are there without it.
@@ -221,9 +226,9 @@ impl Hub {
 
     async fn download(
         &self,
-        id: &ModelId,
+        repo: &Repo,
         cache: &RepoCache,
-        listing: &client::Listing,
+        listing: &Listing,
         progress: Progress,
     ) -> Result<PathBuf, FetchError> {
         let has = |name: &str| listing.files.iter().any(|file| file == name);
@@ -234,19 +239,19 @@ impl Hub {
         }
         let snapshot = cache.snapshot(&listing.commit);
         for name in listing.files.iter().filter(|name| cache::is_small_model_file(name)) {
-            self.file(id, cache, &listing.commit, name, progress).await?;
+            self.file(repo, cache, &listing.commit, name, progress).await?;
         }
         if has(cache::SINGLE) {
-            self.file(id, cache, &listing.commit, cache::SINGLE, progress).await?;
+            self.file(repo, cache, &listing.commit, cache::SINGLE, progress).await?;
         } else if has(cache::INDEX) {
-            self.file(id, cache, &listing.commit, cache::INDEX, progress).await?;
+            self.file(repo, cache, &listing.commit, cache::INDEX, progress).await?;
             for name in cache::shards(&snapshot).map_err(|e| FetchError::Unusable(format!("{e:#}")))? {
                 if !has(&name) {
                     let message =
                         format!("{} names {name}, which the repository does not have", cache::INDEX);
                     return Err(FetchError::Unusable(message));
                 }
-                self.file(id, cache, &listing.commit, &name, progress).await?;
+                self.file(repo, cache, &listing.commit, &name, progress).await?;
             }
         } else {
             let other: Vec<&str> = listing
@@ -270,7 +275,7 @@ impl Hub {
     /// Puts one file into the snapshot.
     async fn file(
         &self,
-        id: &ModelId,
+        repo: &Repo,
         cache: &RepoCache,
         commit: &str,
         name: &str,
@@ -279,7 +284,7 @@ impl Hub {
         if cache.snapshot(commit).join(name).exists() {
             return Ok(());
         }
-        let meta = self.client.metadata(&id.repo, commit, name).await?;
+        let meta = self.client.metadata(repo, commit, name).await?;
         cache.prepare().map_err(|e| FetchError::local(&cache.folder, e))?;
         let lock = cache.lock(&meta.etag).await;
         let blob = cache.blob(&meta.etag);
@@ -294,7 +299,7 @@ impl Hub {
                 Some(_) => cache.partial(&meta.etag),
                 None => cache.unshared_partial(&meta.etag),
             };
-            let fetched = self.client.download(&id.repo, commit, name, &meta, &partial, &bar).await;
+            let fetched = self.client.download(repo, commit, name, &meta, &partial, &bar).await;
             bar.finish_and_clear();
             if fetched.is_err() && lock.is_none() {
                 // No later attempt would find it. That it may not be there to remove is fine.

@@ -15,12 +15,15 @@ mod mcp;
 mod object;
 mod qdrant;
 mod reader;
+mod remote;
 mod retry;
+pub(crate) mod s3;
 mod source;
 mod stream;
 mod survey;
 #[cfg(test)]
 mod tests;
+mod web;
 
 use std::fmt;
 use std::sync::Arc;
@@ -34,6 +37,7 @@ pub use self::http::HttpConfig;
 pub use self::local::LocalConfig;
 pub use self::mcp::McpConfig;
 pub use self::qdrant::QdrantConfig;
+pub use self::s3::{S3Access, S3Config};
 pub use self::source::{FIELD_NAMES, Format, Location, SourceConfig, Template, usual_names};
 pub use self::stream::{BadRows, RecordStream};
 pub use self::survey::{Part, Survey};

@@ -91,7 +91,6 @@ pub(super) struct Opening {
     /// Fields of the records that are needed, as paths; empty where all are.
     pub(super) fields: Vec<String>,
     /// [`Opened::pin`] of the opening that is continued.
-    #[allow(dead_code, reason = "the kinds that pin come next")]
     pub(super) pin: Option<String>,
 }
 

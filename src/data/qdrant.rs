@@ -12,9 +12,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use tokio::task::JoinHandle;
 
-use super::http::{check_url, check_variable, client, words};
+use super::http::{check_url, check_variable};
 use super::object::{Opened, Opening, Page, Pages, Patience, Rows};
 use super::retry::{Failure, Retries};
+use super::web::{client, words};
 
 /// Points of a page that does not say how many.
 const PAGE_SIZE: u32 = 256;
@@ -97,7 +98,7 @@ impl QdrantConfig {
             body.insert("filter".into(), Value::Object(filter.clone()));
         }
         let asker = Asker {
-            client: client(&url, opening.patience)?,
+            client: client(&url, opening.patience.connect, opening.patience.idle)?,
             shown: format!("collection {} at {}", self.collection, server.as_str().trim_end_matches('/')),
             url,
             key,

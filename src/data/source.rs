@@ -11,9 +11,11 @@ use serde_json::{Map, Value};
 use super::combined::{FallbackConfig, MixConfig};
 use super::filter::Filter;
 use super::http::HttpConfig;
+use super::hub::HuggingFaceConfig;
 use super::local::LocalConfig;
 use super::mcp::McpConfig;
 use super::qdrant::QdrantConfig;
+use super::s3::S3Config;
 
 /// A source of records. It holds names of environment variables, never a secret.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -103,6 +105,10 @@ kinds! {
     Qdrant(QdrantConfig) = "qdrant",
     /// Resources or a tool of a Model Context Protocol server.
     Mcp(McpConfig) = "mcp",
+    /// A data set on a hub.
+    HuggingFace(HuggingFaceConfig) = "huggingface",
+    /// Objects of a bucket.
+    S3(S3Config) = "s3",
     /// Several sources by weight.
     Mix(MixConfig) = "mix",
     /// The first of several sources that works.

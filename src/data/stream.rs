@@ -230,6 +230,8 @@ impl Location {
             Self::Http(config) => config.open(opening),
             Self::Qdrant(config) => config.open(opening),
             Self::Mcp(config) => config.open(opening),
+            Self::HuggingFace(config) => config.open(opening),
+            Self::S3(config) => config.open(opening),
             Self::Mix(_) | Self::Fallback(_) => Err("has no data of its own".into()),
         }
     }

@@ -1,21 +1,21 @@
-//! Requests to a hub: the commit behind a revision, a file's size and hash, its bytes. Retries, resumes and
-//! checks; the token goes to the endpoint's own host only. Knows nothing of the cache but the path it writes to.
+//! Requests to a hub: the commit behind a revision, the files there, a file's size and hash, its bytes. Retries,
+//! resumes and checks; the token goes to the endpoint's own host only. Knows nothing of the cache but the path it
+//! writes to.
 
-use std::io::{self, Read as _};
+mod download;
+
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
-use indicatif::ProgressBar;
-use reqwest::header::{
-    ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderValue, LOCATION,
-    RANGE, RETRY_AFTER,
-};
+use backon::{BackoffBuilder as _, ExponentialBuilder};
+use reqwest::header::{AUTHORIZATION, CONTENT_LENGTH, ETAG, HeaderValue, LINK, RANGE};
 use reqwest::{Method, Response, StatusCode, Url};
-use tokio::io::{AsyncSeekExt as _, AsyncWriteExt as _};
 
-use super::ModelId;
 use super::cache::{is_commit, is_inside};
+use super::repo::{Entry, Kind, Linked, Listing, Metadata, Repo, bare_tag, files_of_page};
+use crate::data::web;
 
 /// Requests in a row that may fail without bringing a byte.
 const ATTEMPTS: u32 = 5;
@@ -33,6 +33,12 @@ pub(super) enum FetchError {
     /// The hub said no.
     #[error("{0}")]
     Refused(String),
+    /// Where the hub keeps its files does not give one out; the hub itself would.
+    #[error("{0}")]
+    Withheld(String),
+    /// The repository has no such file or folder.
+    #[error("{0}")]
+    NoEntry(String),
     /// The repository or a file of it is not what it should be.
     #[error("{0}")]
     Unusable(String),
@@ -73,31 +79,13 @@ pub(super) enum Patience {
     Long,
 }
 
-/// A repository at one commit.
-#[derive(Debug)]
-pub(super) struct Listing {
-    /// Full hash.
-    pub(super) commit: String,
-    /// Names of all files.
-    pub(super) files: Vec<String>,
-}
-
-/// What the hub promises about a file.
-#[derive(Debug)]
-pub(super) struct Metadata {
-    /// SHA-256 of the content for large files, git's blob hash for small ones; checked to be fit as a file name.
-    pub(super) etag: String,
-    /// Bytes.
-    pub(super) size: u64,
-}
-
 /// A failure that another attempt may mend.
-struct Transient {
-    reason: String,
-    retry_after: Option<Duration>,
+pub(super) struct Transient {
+    pub(super) reason: String,
+    pub(super) retry_after: Option<Duration>,
 }
 
-enum Failure {
+pub(super) enum Failure {
     Transient(Transient),
     Final(FetchError),
 }
@@ -109,7 +97,7 @@ impl From<FetchError> for Failure {
 }
 
 impl Failure {
-    fn transient(reason: impl Into<String>) -> Self {
+    pub(super) fn transient(reason: impl Into<String>) -> Self {
         Self::Transient(Transient { reason: reason.into(), retry_after: None })
     }
 }
@@ -137,30 +125,18 @@ impl Client {
                 anyhow::Ok(value)
             })
             .transpose()?;
-        // Fails when somebody installed a provider before, which then serves as well.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let mut headers = HeaderMap::new();
-        // A compressed answer would have another length, and ranges of it another meaning.
-        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-        let mut builder = reqwest::Client::builder()
-            .user_agent(concat!("gurukul/", env!("CARGO_PKG_VERSION")))
-            .default_headers(headers)
-            .connect_timeout(Duration::from_secs(10))
-            .read_timeout(Duration::from_secs(30))
-            // Followed by hand: what belongs to a request depends on where it goes.
-            .redirect(reqwest::redirect::Policy::none());
-        if endpoint.host_str().is_some_and(|host| host == "localhost" || host.starts_with("127.")) {
-            builder = builder.no_proxy();
-        }
-        let http = builder.build().context(
-            "cannot set up TLS; install the system's root certificates (Debian: apt-get install ca-certificates) \
-             or name a file of them in SSL_CERT_FILE",
-        )?;
+        let http = web::client(&endpoint, Duration::from_secs(10), Duration::from_secs(30))
+            .map_err(anyhow::Error::msg)?;
         Ok(Self { http, endpoint, authorization, backoff })
     }
 
     /// Pins a revision to its commit and lists the files there.
-    pub(super) async fn listing(&self, id: &ModelId, patience: Patience) -> Result<Listing, FetchError> {
+    pub(super) async fn listing(
+        &self,
+        repo: &Repo,
+        revision: &str,
+        patience: Patience,
+    ) -> Result<Listing, FetchError> {
         #[derive(serde::Deserialize)]
         struct Sibling {
             rfilename: String,
@@ -168,19 +144,20 @@ impl Client {
         #[derive(serde::Deserialize)]
         struct Answer {
             sha: String,
+            // Data sets with very many files are listed folder by folder instead.
+            #[serde(default)]
             siblings: Vec<Sibling>,
         }
-        let url = self
-            .url(["api", "models"].into_iter().chain(id.repo.split('/')).chain(["revision", &id.revision]));
-        let what = Asked { repo: &id.repo, revision: &id.revision, file: None };
+        let url = self.api_url(repo, ["revision", revision].into_iter());
+        let what = Asked { repo, revision, file: None };
         let answer = self
             .retry(&url, patience, async || {
                 let response = self.send(Method::GET, &url, None, &what).await?;
-                response.bytes().await.map_err(|e| Failure::transient(chain(e)))
+                response.bytes().await.map_err(|e| Failure::transient(web::words(e)))
             })
             .await?;
         let Answer { sha, siblings } = serde_json::from_slice(&answer).map_err(|e| {
-            FetchError::Unusable(format!("{url} answered with something that is no model: {e}"))
+            FetchError::Unusable(format!("{url} answered with something that is no {}: {e}", repo.word()))
         })?;
         if !is_commit(&sha) {
             return Err(FetchError::Unusable(format!("{url} answered with '{sha}', which is no commit")));
@@ -189,10 +166,85 @@ impl Client {
         Ok(Listing { commit: sha, files })
     }
 
+    /// All files under a folder (the root where it is empty) at a commit, page by page; none where there is no
+    /// such folder.
+    pub(super) async fn tree(
+        &self,
+        repo: &Repo,
+        commit: &str,
+        folder: &str,
+        most: usize,
+    ) -> Result<Vec<Entry>, FetchError> {
+        let parts = ["tree", commit].into_iter().chain(folder.split('/').filter(|part| !part.is_empty()));
+        let mut url = self.api_url(repo, parts);
+        url.query_pairs_mut().append_pair("recursive", "true").append_pair("expand", "false");
+        let what = Asked { repo, revision: commit, file: Some(folder) };
+        let mut entries = Vec::new();
+        let mut next = Some(url);
+        while let Some(url) = next {
+            let page = self
+                .retry(&url, Patience::Long, async || {
+                    let response = self.send(Method::GET, &url, None, &what).await?;
+                    let next = next_page(&response);
+                    let text = response.bytes().await.map_err(|e| Failure::transient(web::words(e)))?;
+                    Ok((text, next))
+                })
+                .await;
+            let (text, following) = match page {
+                Err(FetchError::NoEntry(_)) => return Ok(entries),
+                other => other?,
+            };
+            entries.extend(files_of_page(&text).map_err(|reason| {
+                FetchError::Unusable(format!("{url} answered with something that is no listing: {reason}"))
+            })?);
+            if entries.len() > most {
+                return Err(FetchError::Unusable(format!(
+                    "{} has more than {most} files in its folder '{folder}'; name a smaller part with data_dir or \
+                     data_files",
+                    repo.name
+                )));
+            }
+            next = following;
+        }
+        Ok(entries)
+    }
+
+    /// The content of a small file; `None` where there is no such file.
+    pub(super) async fn small_file(
+        &self,
+        repo: &Repo,
+        commit: &str,
+        name: &str,
+        most: usize,
+    ) -> Result<Option<Vec<u8>>, FetchError> {
+        let url = self.file_url(repo, commit, name);
+        let what = Asked { repo, revision: commit, file: Some(name) };
+        let content = self
+            .retry(&url, Patience::Long, async || {
+                let mut response = self.send(Method::GET, &url, None, &what).await?;
+                let mut content = Vec::new();
+                while let Some(chunk) =
+                    response.chunk().await.map_err(|e| Failure::transient(web::words(e)))?
+                {
+                    content.extend_from_slice(&chunk);
+                    if content.len() > most {
+                        return Err(FetchError::Unusable(format!("{url} has more than {most} bytes")).into());
+                    }
+                }
+                Ok(content)
+            })
+            .await;
+        match content {
+            Ok(content) => Ok(Some(content)),
+            Err(FetchError::NoEntry(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Size and hash of one file.
     pub(super) async fn metadata(
         &self,
-        repo: &str,
+        repo: &Repo,
         commit: &str,
         name: &str,
     ) -> Result<Metadata, FetchError> {
@@ -201,11 +253,9 @@ impl Client {
         let response = self
             .retry(&url, Patience::Long, async || self.send(Method::HEAD, &url, None, &what).await)
             .await?;
-        let header = |names: [&str; 2]| {
-            names.into_iter().find_map(|n| response.headers().get(n)).and_then(|value| value.to_str().ok())
-        };
+        let header = |names: [&str; 2]| names.into_iter().find_map(|name| web::header(&response, name));
         let etag = header(["x-linked-etag", ETAG.as_str()])
-            .map(|text| text.trim().trim_start_matches("W/").trim_matches('"').to_owned())
+            .map(bare_tag)
             .filter(|etag| is_inside(etag) && !etag.contains('/') && etag.len() <= 128)
             .ok_or_else(|| FetchError::Unusable(format!("{url}: the hub names no usable ETag")))?;
         let size = header(["x-linked-size", CONTENT_LENGTH.as_str()])
@@ -214,145 +264,24 @@ impl Client {
         Ok(Metadata { etag, size })
     }
 
-    /// Brings a file to `partial`, going on where an earlier attempt stopped, and checks it. On success `partial`
-    /// holds exactly what `meta` promises; it is not synced yet.
-    pub(super) async fn download(
+    /// Bytes of a file by a range, by way of the hub or by an address that it sent to before. The answer's address
+    /// is where it sends to now. What the hub said of the file on the way is a [`Linked`] among the extensions.
+    pub(super) async fn range(
         &self,
-        repo: &str,
+        repo: &Repo,
         commit: &str,
         name: &str,
-        meta: &Metadata,
-        partial: &Path,
-        bar: &ProgressBar,
-    ) -> Result<(), FetchError> {
-        let url = self.file_url(repo, commit, name);
+        range: Option<&str>,
+        by: Option<&Url>,
+    ) -> Result<Response, Failure> {
         let what = Asked { repo, revision: commit, file: Some(name) };
-        let mut had = length(partial);
-        // Bytes that this call did not bring may be of another file: then the check fails, and one more try from
-        // the first byte is due.
-        let mut inherited = had > 0;
-        loop {
-            self.bring(&url, &what, meta, partial, bar).await?;
-            let (path, etag, size) = (partial.to_owned(), meta.etag.clone(), meta.size);
-            let sound = tokio::task::spawn_blocking(move || has_content(&path, &etag, size))
-                .await
-                .expect("hashing does not panic")
-                .map_err(|e| FetchError::local(partial, e))?;
-            if sound {
-                return Ok(());
-            }
-            std::fs::remove_file(partial).map_err(|e| FetchError::local(partial, e))?;
-            if !inherited {
-                let etag = &meta.etag;
-                return Err(FetchError::Unusable(format!(
-                    "{url}: what arrived does not have the hash {etag} that the hub promised; try again, and if it \
-                     stays so, the hub or something on the way to it changes the file"
-                )));
-            }
-            tracing::warn!(
-                file = name,
-                bytes = had,
-                "an earlier partial download was damaged; starting over"
-            );
-            (inherited, had) = (false, 0);
-        }
+        let url = by.cloned().unwrap_or_else(|| self.file_url(repo, commit, name));
+        self.send(Method::GET, &url, range, &what).await
     }
 
-    /// Requests until `partial` has `meta.size` bytes.
-    async fn bring(
-        &self,
-        url: &Url,
-        what: &Asked<'_>,
-        meta: &Metadata,
-        partial: &Path,
-        bar: &ProgressBar,
-    ) -> Result<(), FetchError> {
-        let mut failures = 0;
-        loop {
-            let before = length(partial);
-            if before == meta.size && partial.exists() {
-                return Ok(());
-            }
-            match self.bring_once(url, what, meta, partial, bar).await {
-                Ok(()) => {}
-                Err(Failure::Final(error)) => return Err(error),
-                Err(Failure::Transient(failure)) => {
-                    failures = if length(partial) > before { 1 } else { failures + 1 };
-                    self.wait_or_give_up(url, failures, ATTEMPTS, failure).await?;
-                }
-            }
-        }
-    }
-
-    async fn bring_once(
-        &self,
-        url: &Url,
-        what: &Asked<'_>,
-        meta: &Metadata,
-        partial: &Path,
-        bar: &ProgressBar,
-    ) -> Result<(), Failure> {
-        let local = |e| FetchError::local(partial, e);
-        let mut file = tokio::fs::File::options()
-            .create(true)
-            .write(true)
-            .truncate(false)
-            .open(partial)
-            .await
-            .map_err(local)?;
-        let mut position = file.metadata().await.map_err(local)?.len();
-        if position > meta.size {
-            file.set_len(0).await.map_err(local)?;
-            position = 0;
-        }
-        let range = (position > 0).then_some(position);
-        let mut response = self.send(Method::GET, url, range, what).await?;
-        match response.status() {
-            StatusCode::PARTIAL_CONTENT if starts_at(&response, position, meta.size) => {}
-            // The whole file, although a part was asked for: the server does not know ranges.
-            StatusCode::OK => {
-                let announced = header_number(&response, CONTENT_LENGTH.as_str());
-                if announced.is_some_and(|bytes| bytes != meta.size) {
-                    return Err(wrong_size(url, meta.size, announced.unwrap_or_default()).into());
-                }
-                if position > 0 {
-                    tracing::info!(url = %url, "the server ignores ranges; starting over");
-                    file.set_len(0).await.map_err(local)?;
-                    position = 0;
-                }
-            }
-            status => {
-                if position > 0 {
-                    file.set_len(0).await.map_err(local)?;
-                }
-                return Err(Failure::transient(format!("answered a range with {status} and another range")));
-            }
-        }
-        file.seek(io::SeekFrom::Start(position)).await.map_err(local)?;
-        bar.set_position(position);
-        let cut = loop {
-            match response.chunk().await {
-                Ok(Some(chunk)) => {
-                    position += chunk.len() as u64;
-                    if position > meta.size {
-                        drop(file);
-                        std::fs::remove_file(partial).map_err(local)?;
-                        return Err(wrong_size(url, meta.size, position).into());
-                    }
-                    file.write_all(&chunk).await.map_err(local)?;
-                    bar.set_position(position);
-                }
-                Ok(None) => break None,
-                Err(error) => break Some(chain(error)),
-            }
-        };
-        // tokio's file writes in the background: what failed there is reported here.
-        file.flush().await.map_err(local)?;
-        if position < meta.size {
-            let reason = cut.unwrap_or_else(|| "the connection ended".into());
-            return Err(Failure::transient(format!("{reason} (after {position} of {} bytes)", meta.size)));
-        }
-        Ok(())
+    /// Whether an address is the hub's own.
+    pub(super) fn is_home(&self, url: &Url) -> bool {
+        url.origin() == self.endpoint.origin()
     }
 
     /// Sends a request and follows redirects. The answer is a success, or for `HEAD` the redirect that leaves the
@@ -361,41 +290,38 @@ impl Client {
         &self,
         method: Method,
         url: &Url,
-        range_start: Option<u64>,
+        range: Option<&str>,
         what: &Asked<'_>,
     ) -> Result<Response, Failure> {
         let mut url = url.clone();
+        let mut linked = Linked::default();
         for _ in 0..MAX_REDIRECTS {
-            let home = url.origin() == self.endpoint.origin();
+            let home = self.is_home(&url);
             let mut request = self.http.request(method.clone(), url.clone());
             if let Some(authorization) = self.authorization.as_ref().filter(|_| home) {
                 request = request.header(AUTHORIZATION, authorization);
             }
-            if let Some(start) = range_start {
-                request = request.header(RANGE, format!("bytes={start}-"));
+            if let Some(range) = range {
+                request = request.header(RANGE, range);
             }
-            let response = request.send().await.map_err(|e| Failure::transient(chain(e)))?;
-            let status = response.status();
-            if !status.is_redirection() {
+            let mut response = request.send().await.map_err(|e| Failure::transient(web::words(e)))?;
+            if home {
+                linked.note(&response);
+            }
+            if !response.status().is_redirection() {
+                response.extensions_mut().insert(linked);
                 return self.judge(response, what);
             }
-            let target = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
-            let target = target.and_then(|text| url.join(text).ok()).ok_or_else(|| {
-                FetchError::Unusable(format!("{url} answered {status} without saying where to go"))
-            })?;
+            let target = web::redirect(&response, &url)
+                .map_err(|reason| FetchError::Unusable(format!("{}: {reason}", without_query(&url))))?;
             if method == Method::HEAD
-                && (target.origin() != self.endpoint.origin()
-                    || response.headers().contains_key("x-linked-etag"))
+                && (!self.is_home(&target) || response.headers().contains_key("x-linked-etag"))
             {
                 return Ok(response);
             }
-            if url.scheme() == "https" && target.scheme() != "https" {
-                return Err(
-                    FetchError::Unusable(format!("{url} leads from https to {}", target.scheme())).into()
-                );
-            }
             url = target;
         }
+        let url = without_query(&url);
         Err(FetchError::Unusable(format!("{url}: more than {MAX_REDIRECTS} redirects")).into())
     }
 
@@ -408,42 +334,62 @@ impl Client {
         if status == StatusCode::RANGE_NOT_SATISFIABLE {
             return Ok(response);
         }
-        let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
+        let header = |name: &str| web::header(&response, name);
         if status == StatusCode::TOO_MANY_REQUESTS
             || status == StatusCode::REQUEST_TIMEOUT
             || status.is_server_error()
         {
-            let retry_after = header(RETRY_AFTER.as_str())
-                .and_then(|text| text.trim().parse().ok())
-                .map(|seconds| Duration::from_secs(seconds).min(MAX_RETRY_AFTER));
+            let retry_after = web::retry_after(&response, MAX_RETRY_AFTER);
             return Err(Failure::Transient(Transient { reason: format!("answered {status}"), retry_after }));
         }
         let said = header("x-error-message").map(|text| format!(" The hub says: {text}")).unwrap_or_default();
         let host = response.url().host_str().unwrap_or_default().to_owned();
         let Asked { repo, revision, file } = what;
+        let word = repo.word();
         let endpoint = self.endpoint.as_str().trim_end_matches('/');
+        let page = self.url(repo.page());
+        let Repo { name, .. } = repo;
         let message = match (status, header("x-error-code")) {
+            (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN, _) if !self.is_home(response.url()) => {
+                let message = format!(
+                    "{host}, where the hub keeps the files of {name}, answered {status}; try again later, or set \
+                     HF_TOKEN to another token"
+                );
+                return Err(FetchError::Withheld(message).into());
+            }
             (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN, _) if self.authorization.is_some() => format!(
-                "{host} answered {status} for {repo}: the token in HF_TOKEN (or $HF_HOME/token) may not read it. \
-                 Accept the model's terms at {endpoint}/{repo}, or use another token.{said}"
+                "{host} answered {status} for {name}: the token in HF_TOKEN (or $HF_HOME/token) may not read it. \
+                 Accept the {word}'s terms at {page}, or use another token.{said}"
+            ),
+            (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN, Some("GatedRepo")) => format!(
+                "{host} answered {status} for {name}: it is for those alone who accepted its terms. Accept them at \
+                 {page}, and set HF_TOKEN.{said}"
             ),
             (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN, _) => format!(
-                "{host} answered {status} for {repo}: there is no such model, or it needs a token. Check the \
+                "{host} answered {status} for {name}: there is no such {word}, or it needs a token. Check the \
                  spelling, or set HF_TOKEN.{said}"
             ),
             (StatusCode::NOT_FOUND, code) => match file {
-                Some(file) => format!("{endpoint} has no file {file} in {repo} at {revision} (404).{said}"),
+                Some(file) => {
+                    let message =
+                        format!("{endpoint} has no file {file} in {name} at {revision} (404).{said}");
+                    return Err(FetchError::NoEntry(message).into());
+                }
                 None if code == Some("RevisionNotFound") => {
+                    let leave = match repo.kind {
+                        Kind::Model => format!("@{revision}"),
+                        Kind::Dataset => "revision".to_owned(),
+                    };
                     format!(
-                        "{endpoint} has no revision '{revision}' of {repo} (404); leave @{revision} away for main."
+                        "{endpoint} has no revision '{revision}' of {name} (404); leave {leave} away for main."
                     )
                 }
                 None => format!(
-                    "{endpoint} has no model {repo} with a revision '{revision}' (404); check the spelling, and \
+                    "{endpoint} has no {word} {name} with a revision '{revision}' (404); check the spelling, and \
                      HF_ENDPOINT where it is set.{said}"
                 ),
             },
-            _ => format!("{host} answered {status} for {repo}.{said}"),
+            _ => format!("{host} answered {status} for {name}.{said}"),
         };
         Err(FetchError::Refused(message).into())
     }
@@ -477,16 +423,26 @@ impl Client {
     ) -> Result<(), FetchError> {
         let Transient { reason, retry_after } = failure;
         if failures >= attempts {
-            return Err(FetchError::Unreachable { url: url.clone(), reason });
+            return Err(FetchError::Unreachable { url: without_query(url), reason });
         }
-        let wait = retry_after.unwrap_or(self.backoff * 2_u32.pow(failures - 1));
+        // Jittered: many clients that were told no at once should not come back at once.
+        let mut waits = ExponentialBuilder::new()
+            .with_jitter()
+            .with_min_delay(self.backoff)
+            .with_max_times(ATTEMPTS as usize)
+            .build();
+        let wait = retry_after.or(waits.nth(failures as usize - 1)).unwrap_or(MAX_RETRY_AFTER);
         tracing::warn!(%url, reason, wait_s = wait.as_secs_f64(), "the hub failed; trying again");
         tokio::time::sleep(wait).await;
         Ok(())
     }
 
-    fn file_url(&self, repo: &str, commit: &str, name: &str) -> Url {
-        self.url(repo.split('/').chain(["resolve", commit]).chain(name.split('/')))
+    fn file_url(&self, repo: &Repo, commit: &str, name: &str) -> Url {
+        self.url(repo.page().chain(["resolve", commit]).chain(name.split('/')))
+    }
+
+    fn api_url<'a>(&self, repo: &'a Repo, parts: impl Iterator<Item = &'a str>) -> Url {
+        self.url(["api", repo.collection()].into_iter().chain(repo.name.split('/')).chain(parts))
     }
 
     /// The endpoint with segments behind it, each escaped: a `/` inside one does not split it.
@@ -499,70 +455,26 @@ impl Client {
 
 /// What a request is about, for messages.
 struct Asked<'a> {
-    repo: &'a str,
+    repo: &'a Repo,
     revision: &'a str,
+    /// A file or a folder.
     file: Option<&'a str>,
 }
 
-fn wrong_size(url: &Url, promised: u64, sent: u64) -> FetchError {
-    FetchError::Unusable(format!("{url}: the hub promised {promised} bytes and {sent} came; try again"))
+/// Signatures stand in queries.
+fn without_query(url: &Url) -> Url {
+    let mut url = url.clone();
+    url.set_query(None);
+    url
 }
 
-/// reqwest's own text leaves the cause out, and has the URL that [`FetchError`] has already.
-fn chain(error: reqwest::Error) -> String {
-    let error = error.without_url();
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(&error);
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
-}
-
-fn length(path: &Path) -> u64 {
-    std::fs::metadata(path).map_or(0, |m| m.len())
-}
-
-fn header_number(response: &Response, name: &str) -> Option<u64> {
-    response.headers().get(name)?.to_str().ok()?.parse().ok()
-}
-
-/// Whether a 206 answer is the rest of a file of `size` bytes from `position` on.
-fn starts_at(response: &Response, position: u64, size: u64) -> bool {
-    let range = response.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok());
-    let parsed =
-        range.and_then(|text| text.strip_prefix("bytes ")?.split_once('/')).and_then(|(range, total)| {
-            let start: u64 = range.split_once('-')?.0.parse().ok()?;
-            Some((start, total))
-        });
-    parsed.is_some_and(|(start, total)| start == position && (total == "*" || total.parse() == Ok(size)))
-}
-
-/// Whether a file has the size and the hash: SHA-256 for an ETag of 64 hexadecimal digits, git's blob hash for
-/// one of 40. Other ETags are no hash of the content, and then the size alone is checked.
-fn has_content(path: &Path, etag: &str, size: u64) -> io::Result<bool> {
-    let mut file = std::fs::File::open(path)?;
-    if file.metadata()?.len() != size {
-        return Ok(false);
-    }
-    let hexadecimal = etag.bytes().all(|b| b.is_ascii_hexdigit());
-    let mut hash = match etag.len() {
-        64 if hexadecimal => ring::digest::Context::new(&ring::digest::SHA256),
-        40 if hexadecimal => {
-            let mut hash = ring::digest::Context::new(&ring::digest::SHA1_FOR_LEGACY_USE_ONLY);
-            hash.update(format!("blob {size}\0").as_bytes());
-            hash
-        }
-        _ => return Ok(true),
-    };
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut buffer)? {
-            0 => break,
-            n => hash.update(&buffer[..n]),
-        }
-    }
-    let found: String = hash.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok(found.eq_ignore_ascii_case(etag))
+/// The next page, as the answer's `Link` header has it: at the host that was asked, whatever a mirror writes there.
+fn next_page(response: &Response) -> Option<Url> {
+    let link = web::header(response, LINK.as_str())?;
+    let next = link.split(',').find(|part| part.contains("rel=\"next\""))?;
+    let target = response.url().join(next.trim().strip_prefix('<')?.split_once('>')?.0).ok()?;
+    let mut url = response.url().clone();
+    url.set_path(target.path());
+    url.set_query(target.query());
+    Some(url)
 }

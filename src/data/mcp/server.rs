@@ -17,9 +17,10 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 use tokio::process::{ChildStderr, Command};
 use tokio_util::sync::CancellationToken;
 
-use super::super::http::{client, headers, with_causes};
+use super::super::http::headers;
 use super::super::object::Opening;
 use super::super::retry::{Failure, Retries};
+use super::super::web::{client, with_causes};
 use super::McpConfig;
 
 /// What a server that is started gets of our environment: where programs, homes and temporary files are, and the
@@ -169,7 +170,7 @@ fn remote(
     opening: &Opening,
 ) -> Result<StreamableHttpClientTransport<reqwest::Client>, Failure> {
     let address = Url::parse(url).map_err(|error| Failure::Final(format!("url: {error}")))?;
-    let client = client(&address, opening.patience).map_err(Failure::Final)?;
+    let client = client(&address, opening.patience.connect, opening.patience.idle).map_err(Failure::Final)?;
     let sent = headers(&config.headers_env).map_err(Failure::Final)?;
     let sent: HashMap<_, _> = sent.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
     let settings = StreamableHttpClientTransportConfig::with_uri(url).custom_headers(sent);
