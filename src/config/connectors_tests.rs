@@ -99,6 +99,12 @@ fn what_is_wrong_is_named_with_source_and_line() {
         ("sources:\n  a b: {type: local, path: x}\n", "'a b' is no name"),
         ("sources:\n  '../a': {type: local, path: x}\n", "is no name"),
         ("sources:\n  a: {type: local, path: x}\n  a: {type: local, path: y}\n", "two sources are called a"),
+        ("sources:\n  m: {type: mix, sources: [{source: nowhere}]}\n", "sources.m: names the source nowhere"),
+        (
+            "sources:\n  a: {type: fallback, sources: [b]}\n  b: {type: mix, sources: [{source: a}]}\n",
+            "sources.a: is made of itself: a → b → a",
+        ),
+        ("sources:\n  a: {type: local, path: x, path: y}\n", "path"),
         ("sources: [1]\n", "sources"),
         ("source:\n", "unknown field `source`"),
         ("\t", "cannot be used"),
@@ -121,6 +127,20 @@ fn what_is_wrong_is_named_with_source_and_line() {
         assert!(load(&text).is_err());
         assert!(begun.elapsed().as_secs() < 5);
     }
+}
+
+#[test]
+fn a_mix_holds_the_sources_that_it_names() {
+    let connectors = load(
+        "sources:\n  a: {type: local, path: x, template: text}\n  b: {type: http, url: 'http://h/x'}\n  both:\n    \
+         type: mix\n    seed: 3\n    sources: [{source: a, weight: 2}, {source: b}]\n",
+    )
+    .unwrap();
+    let both = connectors.source("both").unwrap();
+    assert_eq!(both.template, Some(crate::data::Template::Text));
+    let text = serde_json::to_string(both).unwrap();
+    assert!(text.contains("\"path\":\"x\"") && text.contains("http://h/x"), "{text}");
+    assert_eq!(&serde_json::from_str::<SourceConfig>(&text).unwrap(), both);
 }
 
 #[test]
