@@ -37,9 +37,12 @@ fn describe_training(settings: &Settings) -> anyhow::Result<String> {
     let of = |name: &str| format!("{}", folder.join(name).display());
     AdapterConfig::load(folder, None, &serde_json::Map::new()).with_context(|| of(adapter::FILE_NAME))?;
     let connectors = Connectors::load(folder, None).with_context(|| of(connectors::FILE_NAME))?;
-    let mut sources = Vec::new();
-    for name in connectors.names() {
-        sources.push(format!("{name} ({})", connectors.source(name)?.kind()));
+    let mut text =
+        format!("# {}: can be used\n# {}: can be used; ", of(adapter::FILE_NAME), of(connectors::FILE_NAME));
+    let mut sources = connectors.iter().peekable();
+    text += if sources.peek().is_some() { "its sources:" } else { "it has no sources" };
+    for (name, source) in sources {
+        text += &format!("\n#   {name} ({}): {}", source.kind(), source.description());
     }
     let rl = RlConfig::load(folder, None).with_context(|| of(rl::FILE_NAME))?;
     Rewarder::new(&rl.rewards).with_context(|| of(rl::FILE_NAME))?;
@@ -47,17 +50,14 @@ fn describe_training(settings: &Settings) -> anyhow::Result<String> {
     let parts: Vec<String> = parts.map(|(part, weight)| format!("{part} {weight}")).collect();
     let sinks = rl.sinks.names().filter_map(|name| Some(format!("{name} ({})", rl.sinks.sink(name)?.kind())));
     let sinks: Vec<String> = sinks.collect();
-    let listed = |names: &[String]| if names.is_empty() { "none".to_owned() } else { names.join(", ") };
-    let (sources, sinks) = (listed(&sources), listed(&sinks));
-    Ok(format!(
-        "# {}: can be used\n# {}: can be used; sources: {sources}\n# {}: can be used; {} prompts; rewards: {}; sinks: \
-         {sinks}",
-        of(adapter::FILE_NAME),
-        of(connectors::FILE_NAME),
+    let sinks = if sinks.is_empty() { "none".to_owned() } else { sinks.join(", ") };
+    text += &format!(
+        "\n# {}: can be used; {} prompts; rewards: {}; sinks: {sinks}",
         of(rl::FILE_NAME),
         rl.prompts.len(),
         parts.join(", ")
-    ))
+    );
+    Ok(text)
 }
 
 /// Family, size and tokenizer of a model folder, as YAML.

@@ -11,6 +11,7 @@ mod local;
 mod merge;
 mod serve;
 mod smoke;
+mod sources;
 mod train;
 
 use std::fs::File;
@@ -62,6 +63,8 @@ enum Command {
     Smoke(smoke::Args),
     /// Measure a model on prompts with known completions: loss, chrF, exact matches
     Eval(eval::Args),
+    /// Look at the sources of training data: list them, peek into one, check one
+    Sources(sources::Args),
     /// Show the settings in force and what the model folder holds
     CheckConfig,
     /// Measure, and print the figures as JSON
@@ -93,15 +96,17 @@ fn run(line: CommandLine) -> anyhow::Result<()> {
         Command::Merge(args) => merge::run(&args, &settings),
         Command::Smoke(args) => smoke::run(&args, settings),
         Command::Eval(args) => eval::run(&args, &settings),
+        Command::Sources(args) => sources::run(&args, &settings),
         Command::CheckConfig => check_config::run(&settings),
         Command::Bench(args) => bench::run(args, settings),
     }
 }
 
-/// Log lines go to stderr; stdout belongs to answers. `RUST_LOG` chooses what is logged, else level info.
+/// Log lines go to stderr; stdout belongs to answers. `RUST_LOG` chooses what is logged, else level info, but for the
+/// library that speaks to MCP servers, which tells each step of its protocol.
 fn start_logging(format: LogFormat) {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,rmcp=warn"));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     match format {
         LogFormat::Text => builder.with_ansi(io::IsTerminal::is_terminal(&io::stderr())).init(),

@@ -1,12 +1,14 @@
 //! The sources that requests may name: `mcp_connectors.yml`. Reads one file of the configs folder and opens no
 //! source.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::Deserialize;
 
 use super::adapter::FieldError;
 use super::named::{self, Named, is_name};
+use super::yaml;
 use crate::data::SourceConfig;
 
 /// The connectors file inside the configs folder that is read when none is named.
@@ -15,7 +17,7 @@ pub const FILE_NAME: &str = "mcp_connectors.yml";
 /// Sources by their names.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Connectors {
-    sources: Named<SourceConfig>,
+    sources: BTreeMap<String, SourceConfig>,
     file: String,
 }
 
@@ -38,11 +40,10 @@ impl Connectors {
         let Some(text) = named::read(configs_dir, FIELD, name)? else {
             return match file {
                 Some(_) => Err(named::missing(FIELD, name)),
-                None => Ok(Self { sources: Named::default(), file: name.to_owned() }),
+                None => Ok(Self { sources: BTreeMap::new(), file: name.to_owned() }),
             };
         };
-        let typed: Option<Typed> =
-            serde_yaml::from_str(&text).map_err(|error| named::unusable(FIELD, name, &error))?;
+        let typed: Option<Typed> = yaml::read(&text).map_err(|error| named::unusable(FIELD, name, &error))?;
         let sources = typed.and_then(|typed| typed.sources).unwrap_or_default();
         if let Some(source) = sources.keys().find(|source| !is_name(source)) {
             let why = format!(
@@ -54,7 +55,7 @@ impl Connectors {
         let find = |wanted: &str| sources.get_key_value(wanted).map(|(name, source)| (name.as_str(), source));
         let resolved: Result<BTreeMap<String, SourceConfig>, FieldError> = sources
             .iter()
-            .map(|(source, config)| match config.resolve(source, &find) {
+            .map(|(source, config)| match config.with_parts(source, &find) {
                 Ok(config) => Ok((source.clone(), config)),
                 Err(why) => Err(named::unusable(FIELD, name, &format!("sources.{source}: {why}"))),
             })
@@ -79,6 +80,11 @@ impl Connectors {
                 message: format!("is '{}', which is no source that is known; {known}", shown.escape_debug()),
             }
         })
+    }
+
+    /// The sources with their names, in the order of these.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &SourceConfig)> {
+        self.sources.iter().map(|(name, source)| (name.as_str(), source))
     }
 
     /// The names, in order.

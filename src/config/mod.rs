@@ -12,6 +12,7 @@ pub mod rl_sinks;
 pub mod rl_train;
 pub mod server;
 pub mod size;
+mod yaml;
 
 pub use server::{EngineSettings, LogFormat, ServerFlags, Settings};
 pub use size::ByteSize;

@@ -107,14 +107,17 @@ pub(crate) fn check_header(header: &str, variable: &str) -> Result<(), String> {
     if OWN_HEADERS.contains(&name.as_str()) {
         return Err(format!("headers_env: {header} is set by the program itself"));
     }
+    check_variable(&format!("headers_env: {header}"), variable, "DATA_TOKEN")
+}
+
+/// That `variable` can be the name of an environment variable; `key` is where it is named.
+pub(super) fn check_variable(key: &str, variable: &str, example: &str) -> Result<(), String> {
     let is_name = !variable.is_empty()
         && variable.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
         && !variable.starts_with(|c: char| c.is_ascii_digit());
     if !is_name {
         // What stands there instead may be the secret itself, so it is not repeated.
-        return Err(format!(
-            "headers_env: {header} must name an environment variable that holds the value, as in DATA_TOKEN"
-        ));
+        return Err(format!("{key} must name an environment variable that holds the value, as in {example}"));
     }
     Ok(())
 }

@@ -143,6 +143,17 @@ async fn lines_and_tabs() {
     assert_eq!(read("a.json", b"[]", json!({})).await, (vec![], None));
 }
 
+#[test]
+fn a_mark_in_the_middle_of_a_table_is_text() {
+    // Found by the fuzzer: in pieces it stayed, at the start of a piece it went.
+    for text in ["a\r\u{feff}x\n", "\u{feff}\u{feff}a\nx\n", "a\n\u{feff}\"x\"\n", "\n\na\n\n\u{feff}\n"] {
+        let whole = decoded(Format::Csv, "x", text.as_bytes());
+        let pieces = Pieces { bytes: text.as_bytes(), sizes: vec![1], at: 0 };
+        assert_eq!(whole, decoded(Format::Csv, "x", pieces), "{text:?}");
+        assert!(whole.0[0].contains('\u{feff}') || text.starts_with("\u{feff}\u{feff}"), "{:?}", whole.0);
+    }
+}
+
 #[tokio::test]
 async fn paragraphs_end_at_empty_lines() {
     let text = "\n\none\nmore\n\n  \t\r\ntwo\r\nmore\r\n\r\n\n\u{939}three";

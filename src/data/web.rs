@@ -91,7 +91,11 @@ pub(super) fn content_range(response: &Response) -> Option<(u64, u64, Option<u64
 
 /// How long the server asks to wait, in seconds or until a date; at most `most`.
 pub(crate) fn retry_after(response: &Response, most: Duration) -> Option<Duration> {
-    let text = header(response, RETRY_AFTER.as_str())?;
+    wait_of(header(response, RETRY_AFTER.as_str())?, most)
+}
+
+/// What a `Retry-After` says.
+pub(super) fn wait_of(text: &str, most: Duration) -> Option<Duration> {
     let wait = match text.parse() {
         Ok(seconds) => Duration::from_secs(seconds),
         Err(_) => {

@@ -21,6 +21,7 @@ mod openapi;
 mod rl_collect;
 mod rl_fields;
 mod rl_uploads;
+mod sources;
 mod sse;
 mod state;
 mod train;
@@ -65,6 +66,7 @@ fn table() -> OpenApiRouter<AppState> {
         .routes(routes!(rl_uploads::list))
         .routes(routes!(rl_uploads::get))
         .routes(routes!(rl_uploads::retry))
+        .routes(routes!(sources::list))
         .routes(routes!(adapters::list))
         .routes(routes!(adapters::get, adapters::delete))
         .routes(routes!(health::health))
@@ -135,6 +137,7 @@ mod tests {
             ("/rl/uploads", "get"),
             ("/rl/uploads/{upload_id}", "get"),
             ("/rl/uploads/{upload_id}/retry", "post"),
+            ("/sources", "get"),
             ("/adapter/list", "get"),
             ("/adapter/{name}", "get"),
             ("/adapter/{name}", "delete"),

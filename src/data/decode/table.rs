@@ -1,6 +1,6 @@
 //! Rows that are those of a table with a first row of names.
 
-use std::io::{self, Read};
+use std::io::{self, Chain, Read};
 use std::ops::ControlFlow;
 
 use csv::{ErrorKind, Reader, ReaderBuilder, StringRecord};
@@ -20,11 +20,15 @@ pub(super) fn delimiter(format: Format) -> Option<u8> {
     }
 }
 
-fn reader<R: Read>(delimiter: u8, bytes: R) -> Reader<R> {
+/// An empty line stands before the bytes: the reader would take a byte order mark at its beginning away, which in the
+/// middle of a file is text.
+type Lines<R> = Chain<&'static [u8], R>;
+
+fn reader<R: Read>(delimiter: u8, bytes: R) -> Reader<Lines<R>> {
     let mut builder = ReaderBuilder::new();
     // The first row has the names' length only where reading begins at the start, so rows are measured here.
     builder.delimiter(delimiter).quoting(delimiter == b',').has_headers(false).flexible(true);
-    builder.buffer_capacity(64 << 10).from_reader(bytes)
+    builder.buffer_capacity(64 << 10).from_reader(b"\n".chain(bytes))
 }
 
 /// Reads a window and takes nothing from it.
@@ -54,7 +58,7 @@ pub(super) fn columns(delimiter: u8, window: &mut Window) -> Result<(Vec<String>
     let mut record = StringRecord::new();
     let any = reader.read_record(&mut record).map_err(|error| failed(first, &error))?;
     let position = reader.position().clone();
-    window.consume(position.byte() as usize);
+    window.consume(position.byte() as usize - 1);
     let names: Vec<String> = record.iter().map(|name| name.trim().to_owned()).collect();
     // An empty file has no names and no rows.
     if any && names.iter().all(String::is_empty) {
@@ -65,7 +69,7 @@ pub(super) fn columns(delimiter: u8, window: &mut Window) -> Result<(Vec<String>
             return Err(Broken::at(first, format!("two columns are called {name}; rename one")));
         }
     }
-    Ok((names, position.line()))
+    Ok((names, position.line() - 1))
 }
 
 pub(super) fn decode(
@@ -79,8 +83,8 @@ pub(super) fn decode(
     let mut reader = reader(delimiter, window);
     let mut record = StringRecord::new();
     loop {
-        // The reader counts from where it began, which is the first line and byte for it.
-        let row = Row::Line(spot.row + reader.position().line() - 1);
+        // The reader counts from where it began, and the empty line as well.
+        let row = Row::Line(spot.row + reader.position().line().max(2) - 2);
         let found = match reader.read_record(&mut record) {
             Ok(false) => return Ok(ControlFlow::Continue(())),
             Ok(true) if record.len() != columns.len() => Found::Bad(format!(
@@ -98,10 +102,10 @@ pub(super) fn decode(
             },
         };
         let (offset, line) = (reader.position().byte(), reader.position().line());
-        let offset = spot.offset + offset;
-        let window = reader.get_mut();
+        let offset = spot.offset + offset - 1;
+        let window = reader.get_mut().get_mut().1;
         window.begin_row();
-        let next = Spot { offset, row: spot.row + line - 1, point: window.point_before(offset) };
+        let next = Spot { offset, row: spot.row + line - 2, point: window.point_before(offset) };
         if sink(row, found, next).is_break() {
             return Ok(ControlFlow::Break(()));
         }
