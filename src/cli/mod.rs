@@ -93,10 +93,11 @@ fn run(line: CommandLine) -> anyhow::Result<()> {
     }
 }
 
-/// Log lines go to stderr; stdout belongs to answers. `RUST_LOG` chooses what is logged, else level info.
+/// Log lines go to stderr; stdout belongs to answers. `RUST_LOG` chooses what is logged, else level info, but for the
+/// library that speaks to MCP servers, which tells each step of its protocol.
 fn start_logging(format: LogFormat) {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,rmcp=warn"));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     match format {
         LogFormat::Text => builder.with_ansi(io::IsTerminal::is_terminal(&io::stderr())).init(),

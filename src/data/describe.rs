@@ -2,7 +2,8 @@
 
 use reqwest::Url;
 
-use super::{HttpConfig, Location, McpConfig, QdrantConfig, SourceConfig};
+use super::hub::HuggingFaceConfig;
+use super::{HttpConfig, Location, McpConfig, QdrantConfig, S3Config, SourceConfig};
 
 impl SourceConfig {
     /// Where the data lies, in one line without secrets.
@@ -10,19 +11,10 @@ impl SourceConfig {
         match &self.location {
             Location::Local(local) => local.path.clone(),
             Location::Http(http) => http.describe(),
+            Location::HuggingFace(set) => set.describe(),
+            Location::S3(s3) => s3.describe(),
             Location::Qdrant(qdrant) => qdrant.describe(),
             Location::Mcp(mcp) => mcp.describe(),
-            Location::HuggingFace(hub) => {
-                let config = hub.config.as_ref().map_or(String::new(), |config| format!(", {config}"));
-                format!("{}{config}, {}", hub.repo, hub.split)
-            }
-            Location::S3(s3) => {
-                let what = match s3.keys.is_empty() {
-                    true => s3.prefix.clone().unwrap_or_default(),
-                    false => first_of(&s3.keys),
-                };
-                format!("s3://{}/{what}", s3.bucket)
-            }
             Location::Mix(mix) => {
                 let parts = mix.sources.iter().map(|part| format!("{} × {}", part.source, part.weight));
                 parts.collect::<Vec<_>>().join(", ")
@@ -57,6 +49,27 @@ impl HttpConfig {
     fn describe(&self) -> String {
         let urls: Vec<String> = self.url.iter().chain(&self.urls).map(|url| address(url)).collect();
         first_of(&urls)
+    }
+}
+
+impl HuggingFaceConfig {
+    fn describe(&self) -> String {
+        let config = self.config.as_ref().map_or(String::new(), |config| format!(" {config}"));
+        let revision = self.revision.as_ref().map_or(String::new(), |revision| format!("@{revision}"));
+        format!("{}{revision}{config}, {}", self.repo, self.split)
+    }
+}
+
+impl S3Config {
+    fn describe(&self) -> String {
+        let keys = match (&self.prefix, self.keys.is_empty()) {
+            (Some(prefix), _) => format!("{prefix}*"),
+            (None, true) => "*".into(),
+            (None, false) => first_of(&self.keys),
+        };
+        let endpoint =
+            self.endpoint_url.as_ref().map_or(String::new(), |url| format!(" at {}", address(url)));
+        format!("s3://{}/{keys}{endpoint}", self.bucket)
     }
 }
 
@@ -109,13 +122,15 @@ mod tests {
         for (typed, expected) in [
             (json!({"type": "local", "path": "data/*.jsonl"}), "data/*.jsonl"),
             (
+                json!({"type": "huggingface", "repo": "org/set", "config": "hi", "revision": "v1"}),
+                "org/set@v1 hi, train",
+            ),
+            (json!({"type": "s3", "bucket": "b", "prefix": "hi/"}), "s3://b/hi/*"),
+            (
                 json!({"type": "mix", "sources": [{"source": "a", "weight": 2.5}, {"source": "b"}]}),
                 "a × 2.5, b × 1",
             ),
             (json!({"type": "fallback", "sources": ["a", "b"]}), "a, else b"),
-            (json!({"type": "huggingface", "repo": "org/name", "config": "hi"}), "org/name, hi, train"),
-            (json!({"type": "s3", "bucket": "lessons", "prefix": "hi/"}), "s3://lessons/hi/"),
-            (json!({"type": "s3", "bucket": "lessons", "keys": ["a", "b"]}), "s3://lessons/a and 1 more"),
             (json!({"type": "http", "url": "https://h/a?token=s3cr3t"}), "https://h/a"),
             (
                 json!({"type": "http", "urls": ["http://h/a", "http://h/b", "http://h/c"]}),

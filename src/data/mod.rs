@@ -16,7 +16,6 @@ mod object;
 mod qdrant;
 mod reader;
 mod remote;
-mod retry;
 pub(crate) mod s3;
 mod source;
 mod stream;

@@ -5,8 +5,9 @@
 mod tests;
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use reqwest::header::{HeaderValue, RETRY_AFTER};
+use reqwest::header::HeaderValue;
 use reqwest::{Response, StatusCode, Url};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -14,8 +15,8 @@ use tokio::task::JoinHandle;
 
 use super::http::{check_url, check_variable};
 use super::object::{Opened, Opening, Page, Pages, Patience, Rows};
-use super::retry::{Failure, Retries};
-use super::web::{client, words};
+use super::remote::{Failure, Retries};
+use super::web;
 
 /// Points of a page that does not say how many.
 const PAGE_SIZE: u32 = 256;
@@ -23,6 +24,8 @@ const PAGE_SIZE: u32 = 256;
 const MAX_PAGE_SIZE: u32 = 10_000;
 /// Bytes that a page may have, as JSON.
 const MAX_PAGE_BYTES: usize = 64 << 20;
+/// Longest wait that a server can ask for.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
 /// A page that trickles in for longer than this many times the wait for its next bytes is given up.
 const IDLE_TIMES_PER_PAGE: u32 = 4;
 
@@ -98,7 +101,7 @@ impl QdrantConfig {
             body.insert("filter".into(), Value::Object(filter.clone()));
         }
         let asker = Asker {
-            client: client(&url, opening.patience.connect, opening.patience.idle)?,
+            client: web::client(&url, opening.patience.connect, opening.patience.idle)?,
             shown: format!("collection {} at {}", self.collection, server.as_str().trim_end_matches('/')),
             url,
             key,
@@ -225,7 +228,7 @@ impl Asker {
                 Ok(Err(failure)) => failure,
                 Err(_) => Failure::passing(format!("no whole page came within {} s", limit.as_secs_f64())),
             };
-            retries.wait(failure, &shown).await.map_err(|reason| format!("{shown}: {reason}"))?;
+            retries.wait(failure, &shown, "").await.map_err(|reason| format!("{shown}: {reason}"))?;
         };
         let rows = scroll.points.into_iter().map(|point| {
             let empty = || format!("point {} has no payload", name_of(&point.id));
@@ -239,9 +242,9 @@ impl Asker {
         if let Some(key) = &self.key {
             request = request.header("api-key", key.clone());
         }
-        let mut response = request.send().await.map_err(|e| Failure::passing(words(e)))?;
+        let mut response = request.send().await.map_err(|e| Failure::passing(web::words(e)))?;
         let mut bytes = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(|e| Failure::passing(words(e)))? {
+        while let Some(chunk) = response.chunk().await.map_err(|e| Failure::passing(web::words(e)))? {
             bytes.extend_from_slice(&chunk);
             if bytes.len() > MAX_PAGE_BYTES {
                 return Err(Failure::Final(format!(
@@ -267,8 +270,8 @@ impl Asker {
         let said = error_of(body);
         let because = said.as_ref().map_or(String::new(), |said| format!(" ({said})"));
         if status.is_server_error() || matches!(status.as_u16(), 408 | 429) {
-            let wait = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok());
-            return Failure::after(format!("the server answered {status}{because}"), wait);
+            let wait = web::retry_after(response, MAX_RETRY_AFTER);
+            return Failure::Passing { reason: format!("the server answered {status}{because}"), wait };
         }
         Failure::Final(match (status.as_u16(), &self.key_variable) {
             (401 | 403, None) => format!(

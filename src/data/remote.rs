@@ -211,14 +211,14 @@ fn same(known: &Stat, answered: &Stat) -> Result<(), Failure> {
 }
 
 /// Attempts in a row that brought nothing.
-struct Retries {
+pub(super) struct Retries {
     patience: Patience,
     backoff: ExponentialBackoff,
     failures: u32,
 }
 
 impl Retries {
-    fn new(patience: Patience) -> Self {
+    pub(super) fn new(patience: Patience) -> Self {
         let backoff = ExponentialBuilder::new()
             .with_jitter()
             .with_min_delay(patience.backoff)
@@ -229,7 +229,7 @@ impl Retries {
     }
 
     /// Waits before the next attempt; the words for the user where there is none. `place` begins with a space.
-    async fn wait(&mut self, failure: Failure, shown: &str, place: &str) -> Result<(), String> {
+    pub(super) async fn wait(&mut self, failure: Failure, shown: &str, place: &str) -> Result<(), String> {
         self.failures += 1;
         let (reason, asked) = match failure {
             Failure::Final(reason) => return Err(reason),

@@ -48,11 +48,7 @@ pub(super) fn words(error: reqwest::Error) -> String {
 
 /// An error with those of its causes that it does not repeat itself.
 pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    with_causes(error.to_string(), error)
-}
-
-/// A text with those causes of an error that it does not hold yet.
-pub(super) fn with_causes(mut text: String, error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(inner) = cause {
         let inner_text = inner.to_string();
@@ -95,7 +91,11 @@ pub(super) fn content_range(response: &Response) -> Option<(u64, u64, Option<u64
 
 /// How long the server asks to wait, in seconds or until a date; at most `most`.
 pub(super) fn retry_after(response: &Response, most: Duration) -> Option<Duration> {
-    let text = header(response, RETRY_AFTER.as_str())?;
+    wait_of(header(response, RETRY_AFTER.as_str())?, most)
+}
+
+/// What a `Retry-After` says.
+pub(super) fn wait_of(text: &str, most: Duration) -> Option<Duration> {
     let wait = match text.parse() {
         Ok(seconds) => Duration::from_secs(seconds),
         Err(_) => {

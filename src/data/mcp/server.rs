@@ -19,8 +19,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::super::http::headers;
 use super::super::object::Opening;
-use super::super::retry::{Failure, Retries};
-use super::super::web::{client, with_causes};
+use super::super::remote::{Failure, Retries};
+use super::super::web;
 use super::McpConfig;
 
 /// What a server that is started gets of our environment: where programs, homes and temporary files are, and the
@@ -51,6 +51,8 @@ const PASSED_ON: [&str; 20] = [
 
 /// Lines of a server's standard error that messages may cite.
 const KEPT_LINES: usize = 3;
+/// Longest wait that a server can ask for.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
 /// Bytes of such a line that are logged.
 const MAX_LINE_BYTES: u64 = 4096;
 
@@ -95,7 +97,7 @@ impl Server {
             loop {
                 match self.attempt(method, &request).await {
                     Ok(answer) => return Ok(answer),
-                    Err(failure) => retries.wait(failure, &shown).await?,
+                    Err(failure) => retries.wait(failure, &shown, "").await?,
                 }
             }
         };
@@ -117,7 +119,7 @@ impl Server {
                 Ok(answer)
             }
             Ok(Err(error)) => {
-                if self.config.url.is_none() && connection.service.peer().is_transport_closed() {
+                if self.config.url.is_none() && !matches!(error, ServiceError::McpError(_)) {
                     connection.stderr.settle().await;
                 }
                 let failure = of_service(&error, method, &connection.stderr);
@@ -143,7 +145,7 @@ async fn connect(config: &McpConfig, opening: &Opening, limit: Duration) -> Resu
     let stderr = Lines::default();
     let service = match &config.url {
         Some(url) => {
-            let transport = remote(config, url, opening)?;
+            let transport = remote(config, url, opening, limit)?;
             tokio::time::timeout(limit, own.serve(transport)).await
         }
         None => {
@@ -168,9 +170,10 @@ fn remote(
     config: &McpConfig,
     url: &str,
     opening: &Opening,
+    limit: Duration,
 ) -> Result<StreamableHttpClientTransport<reqwest::Client>, Failure> {
     let address = Url::parse(url).map_err(|error| Failure::Final(format!("url: {error}")))?;
-    let client = client(&address, opening.patience.connect, opening.patience.idle).map_err(Failure::Final)?;
+    let client = web::client(&address, opening.patience.connect, limit).map_err(Failure::Final)?;
     let sent = headers(&config.headers_env).map_err(Failure::Final)?;
     let sent: HashMap<_, _> = sent.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
     let settings = StreamableHttpClientTransportConfig::with_uri(url).custom_headers(sent);
@@ -262,7 +265,7 @@ impl Lines {
 fn of_start(error: ClientInitializeError, stderr: &Lines) -> Failure {
     match error {
         ClientInitializeError::ConnectionClosed(_) => {
-            Failure::passing(format!("the server ended before it answered{}", stderr.said()))
+            Failure::passing(format!("the server ended{}", stderr.said()))
         }
         ClientInitializeError::TransportError { error, .. } => of_transport(error.error.as_ref(), stderr),
         ClientInitializeError::JsonRpcError(error) => {
@@ -310,15 +313,19 @@ fn no_method(method: &str, said: &str) -> String {
 fn of_transport(error: &(dyn Error + Send + Sync + 'static), stderr: &Lines) -> Failure {
     const REFUSED: &str =
         "put what it asks for into an environment variable and name the header under headers_env";
+    // Only a server that was started is written to as to a file.
+    if error.is::<std::io::Error>() {
+        return Failure::passing(format!("the server ended{}", stderr.said()));
+    }
     let mut cause: Option<&(dyn Error + 'static)> = Some(error);
     while let Some(error) = cause {
         cause = error.source();
         let Some(error) = error.downcast_ref::<StreamableHttpError<reqwest::Error>>() else { continue };
         return match error {
-            StreamableHttpError::HttpStatus(status) => Failure::after(
-                format!("the server answered {}", status.status),
-                status.retry_after.as_deref(),
-            ),
+            StreamableHttpError::HttpStatus(status) => {
+                let wait = status.retry_after.as_deref().and_then(|text| web::wait_of(text, MAX_RETRY_AFTER));
+                Failure::Passing { reason: format!("the server answered {}", status.status), wait }
+            }
             StreamableHttpError::AuthRequired(_) => {
                 Failure::Final(format!("the server answered 401; {REFUSED}"))
             }
@@ -335,7 +342,11 @@ fn of_transport(error: &(dyn Error + Send + Sync + 'static), stderr: &Lines) -> 
             StreamableHttpError::UnexpectedServerResponse(said) => refused_or(plain(said), REFUSED),
             StreamableHttpError::Client(error) => match error.status() {
                 Some(status) if status.is_client_error() => refused_or(format!("HTTP {status}"), REFUSED),
-                _ => Failure::passing(with_causes("the connection failed".into(), error)),
+                // The error itself may show the address with its query.
+                _ => Failure::passing(format!(
+                    "the connection failed: {}",
+                    error.source().map_or_else(|| "no reason is known".to_owned(), web::chain)
+                )),
             },
             other => Failure::passing(plain(&other.to_string())),
         };

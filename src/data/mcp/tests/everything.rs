@@ -165,12 +165,8 @@ async fn alike(answer: &'static str) -> (String, std::sync::Arc<std::sync::atomi
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_no_mcp_server_or_refuses_is_said() {
     for (answer, attempts, expected) in [
-        (
-            "HTTP/1.1 429 No\r\nretry-after: 0\r\ncontent-length: 0\r\n\r\n",
-            3,
-            "answered 429 (after 3 attempts)",
-        ),
-        ("HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n", 3, "answered 503 (after 3 attempts)"),
+        ("HTTP/1.1 429 No\r\nretry-after: 0\r\ncontent-length: 0\r\n\r\n", 3, "answered 429 (3 attempts)"),
+        ("HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n", 3, "answered 503 (3 attempts)"),
         (
             "HTTP/1.1 401 No\r\nwww-authenticate: Bearer\r\ncontent-length: 0\r\n\r\n",
             1,
