@@ -13,7 +13,6 @@ use serde_json::{Value, json};
 use super::super::object::Patience;
 use super::super::tests::drain;
 use super::super::{Cursor, SourceConfig};
-use super::*;
 
 pub(super) fn quick() -> Patience {
     Patience {
