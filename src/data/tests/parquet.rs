@@ -50,11 +50,13 @@ fn file(schema: &str, groups: &[Vec<Column>], compression: Compression) -> Vec<u
                     let (mut values, mut defined, mut repeated) = (Vec::new(), Vec::new(), Vec::new());
                     for list in lists {
                         if list.is_empty() {
-                            (defined.push(1), repeated.push(0));
+                            defined.push(1);
+                            repeated.push(0);
                         }
                         for (at, text) in list.iter().enumerate() {
                             values.push(ByteArray::from(text.as_bytes().to_vec()));
-                            (defined.push(3), repeated.push(i16::from(at > 0)));
+                            defined.push(3);
+                            repeated.push(i16::from(at > 0));
                         }
                     }
                     typed.write_batch(&values, Some(&defined), Some(&repeated)).unwrap();
