@@ -111,7 +111,7 @@ fn check_config_reads_the_files_for_training() {
     std::fs::create_dir(&configs).unwrap();
     let check = || gurukul(dir.path()).arg("check-config").output().unwrap();
     let stdout = String::from_utf8(check().stdout).unwrap();
-    assert!(stdout.contains("mcp_connectors.yml: can be used; sources: none"), "{stdout}");
+    assert!(stdout.contains("mcp_connectors.yml: can be used; it has no sources"), "{stdout}");
     for name in ["adapter_config.yaml", "mcp_connectors.yml"] {
         std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("configs").join(name), configs.join(name))
             .unwrap();
@@ -120,7 +120,7 @@ fn check_config_reads_the_files_for_training() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let stdout = String::from_utf8(output.stdout).unwrap();
     assert!(stdout.contains("# configs/adapter_config.yaml: can be used"), "{stdout}");
-    assert!(stdout.contains("sources: local (local)"), "{stdout}");
+    assert!(stdout.contains("#   local (local): data"), "{stdout}");
     std::fs::write(configs.join("mcp_connectors.yml"), "sources:\n  a: {type: local}\n").unwrap();
     assert_refused(&check(), &["configs/mcp_connectors.yml", "path is missing"]);
     std::fs::write(configs.join("adapter_config.yaml"), "r: 0\n").unwrap();

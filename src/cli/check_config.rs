@@ -35,16 +35,14 @@ fn describe_training(settings: &Settings) -> anyhow::Result<String> {
     let of = |name: &str| format!("{}", folder.join(name).display());
     AdapterConfig::load(folder, None, &serde_json::Map::new()).with_context(|| of(adapter::FILE_NAME))?;
     let connectors = Connectors::load(folder, None).with_context(|| of(connectors::FILE_NAME))?;
-    let mut sources = Vec::new();
-    for name in connectors.names() {
-        sources.push(format!("{name} ({})", connectors.source(name)?.kind()));
+    let mut text =
+        format!("# {}: can be used\n# {}: can be used; ", of(adapter::FILE_NAME), of(connectors::FILE_NAME));
+    let mut sources = connectors.iter().peekable();
+    text += if sources.peek().is_some() { "its sources:" } else { "it has no sources" };
+    for (name, source) in sources {
+        text += &format!("\n#   {name} ({}): {}", source.kind(), source.description());
     }
-    let sources = if sources.is_empty() { "none".into() } else { sources.join(", ") };
-    Ok(format!(
-        "# {}: can be used\n# {}: can be used; sources: {sources}",
-        of(adapter::FILE_NAME),
-        of(connectors::FILE_NAME)
-    ))
+    Ok(text)
 }
 
 /// Family, size and tokenizer of a model folder, as YAML.

@@ -9,6 +9,7 @@ mod local;
 mod merge;
 mod serve;
 mod smoke;
+mod sources;
 mod train;
 
 use std::io::{self, Write as _};
@@ -55,6 +56,8 @@ enum Command {
     Smoke(smoke::Args),
     /// Measure a model on prompts with known completions: loss, chrF, exact matches
     Eval(eval::Args),
+    /// Look at the sources of training data: list them, peek into one, check one
+    Sources(sources::Args),
     /// Show the settings in force and what the model folder holds
     CheckConfig,
     /// Measure, and print the figures as JSON
@@ -84,6 +87,7 @@ fn run(line: CommandLine) -> anyhow::Result<()> {
         Command::Merge(args) => merge::run(&args, &settings),
         Command::Smoke(args) => smoke::run(&args, settings),
         Command::Eval(args) => eval::run(&args, &settings),
+        Command::Sources(args) => sources::run(&args, &settings),
         Command::CheckConfig => check_config::run(&settings),
         Command::Bench(args) => bench::run(args, settings),
     }

@@ -148,7 +148,11 @@ impl Args {
 }
 
 /// Folder and name of a file that a command line may name anywhere; without it the configs folder.
-fn located(file: Option<&Path>, configs_dir: &Path, flag: &str) -> anyhow::Result<(PathBuf, Option<String>)> {
+pub(super) fn located(
+    file: Option<&Path>,
+    configs_dir: &Path,
+    flag: &str,
+) -> anyhow::Result<(PathBuf, Option<String>)> {
     let Some(file) = file else { return Ok((configs_dir.to_owned(), None)) };
     let whole = file.canonicalize().with_context(|| format!("{flag} {}", file.display()))?;
     let name = whole.file_name().and_then(|name| name.to_str());

@@ -8,7 +8,7 @@ use std::path::Path;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
-use super::named;
+use super::{named, yaml};
 pub use crate::data::Template;
 
 /// The settings file inside the configs folder that is read when none is named.
@@ -262,7 +262,7 @@ impl AdapterConfig {
         let text = named::read(configs_dir, "config_path", name)?;
         let file: AdapterOverrides = match (text, config_path) {
             // A file whose lines are all comments is the YAML value null.
-            (Some(text), _) => serde_yaml::from_str::<Option<AdapterOverrides>>(&text)
+            (Some(text), _) => yaml::read::<Option<AdapterOverrides>>(&text)
                 .map_err(|error| named::unusable("config_path", name, &error))?
                 .unwrap_or_default(),
             (None, None) => AdapterOverrides::default(),

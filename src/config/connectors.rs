@@ -9,7 +9,7 @@ use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use super::adapter::FieldError;
-use super::named;
+use super::{named, yaml};
 use crate::data::SourceConfig;
 
 /// The connectors file inside the configs folder that is read when none is named.
@@ -70,8 +70,7 @@ impl Connectors {
                 None => Ok(Self { sources: BTreeMap::new(), file: name.to_owned() }),
             };
         };
-        let typed: Option<Typed> =
-            serde_yaml::from_str(&text).map_err(|error| named::unusable(FIELD, name, &error))?;
+        let typed: Option<Typed> = yaml::read(&text).map_err(|error| named::unusable(FIELD, name, &error))?;
         let sources = typed.and_then(|typed| typed.sources).map(|named| named.0).unwrap_or_default();
         if let Some(source) = sources.keys().find(|source| !is_name(source)) {
             let why = format!(
@@ -83,7 +82,7 @@ impl Connectors {
         let find = |wanted: &str| sources.get_key_value(wanted).map(|(name, source)| (name.as_str(), source));
         let resolved: Result<BTreeMap<String, SourceConfig>, FieldError> = sources
             .iter()
-            .map(|(source, config)| match config.resolve(source, &find) {
+            .map(|(source, config)| match config.with_parts(source, &find) {
                 Ok(config) => Ok((source.clone(), config)),
                 Err(why) => Err(named::unusable(FIELD, name, &format!("sources.{source}: {why}"))),
             })
@@ -108,6 +107,11 @@ impl Connectors {
                 message: format!("is '{}', which is no source that is known; {known}", shown.escape_debug()),
             }
         })
+    }
+
+    /// The sources with their names, in the order of these.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &SourceConfig)> {
+        self.sources.iter().map(|(name, source)| (name.as_str(), source))
     }
 
     /// The names, in order.

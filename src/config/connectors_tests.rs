@@ -13,7 +13,10 @@ fn load(text: &str) -> Result<Connectors, FieldError> {
 fn the_shipped_file_is_a_template_that_works() {
     let shipped = concat!(env!("CARGO_MANIFEST_DIR"), "/configs");
     let connectors = Connectors::load(Path::new(shipped), None).unwrap();
-    assert_eq!(connectors.names().collect::<Vec<_>>(), ["local", "phrasebook-nepali"]);
+    let has = |connectors: &Connectors, name: &str| connectors.names().any(|known| known == name);
+    for name in ["local", "phrasebook", "phrasebook-nepali"] {
+        assert!(has(&connectors, name), "{name}");
+    }
     // Every key that is said is the default but for the path.
     assert_eq!(connectors.source("local").unwrap(), &SourceConfig::local("data"));
 
@@ -27,7 +30,18 @@ fn the_shipped_file_is_a_template_that_works() {
         })
         .collect();
     let all = load(&uncommented).unwrap();
-    assert_eq!(all.names().collect::<Vec<_>>(), ["local", "questions", "remote", "translations"]);
+    for name in [
+        "questions",
+        "remote",
+        "translations",
+        "points",
+        "rows-of-a-tool",
+        "resources",
+        "mixed",
+        "with-a-fallback",
+    ] {
+        assert!(has(&all, name), "{name}");
+    }
     assert_eq!(all.source("translations").unwrap().fields["target"], "translation.hi");
     let Location::Http(http) = &all.source("remote").unwrap().location else {
         panic!("remote is fetched");
@@ -85,6 +99,12 @@ fn what_is_wrong_is_named_with_source_and_line() {
         ("sources:\n  a b: {type: local, path: x}\n", "'a b' is no name"),
         ("sources:\n  '../a': {type: local, path: x}\n", "is no name"),
         ("sources:\n  a: {type: local, path: x}\n  a: {type: local, path: y}\n", "two sources are called a"),
+        ("sources:\n  m: {type: mix, sources: [{source: nowhere}]}\n", "sources.m: names the source nowhere"),
+        (
+            "sources:\n  a: {type: fallback, sources: [b]}\n  b: {type: mix, sources: [{source: a}]}\n",
+            "sources.a: is made of itself: a → b → a",
+        ),
+        ("sources:\n  a: {type: local, path: x, path: y}\n", "path"),
         ("sources: [1]\n", "sources"),
         ("source:\n", "unknown field `source`"),
         ("\t", "cannot be used"),
@@ -107,6 +127,20 @@ fn what_is_wrong_is_named_with_source_and_line() {
         assert!(load(&text).is_err());
         assert!(begun.elapsed().as_secs() < 5);
     }
+}
+
+#[test]
+fn a_mix_holds_the_sources_that_it_names() {
+    let connectors = load(
+        "sources:\n  a: {type: local, path: x, template: text}\n  b: {type: http, url: 'http://h/x'}\n  both:\n    \
+         type: mix\n    seed: 3\n    sources: [{source: a, weight: 2}, {source: b}]\n",
+    )
+    .unwrap();
+    let both = connectors.source("both").unwrap();
+    assert_eq!(both.template, Some(crate::data::Template::Text));
+    let text = serde_json::to_string(both).unwrap();
+    assert!(text.contains("\"path\":\"x\"") && text.contains("http://h/x"), "{text}");
+    assert_eq!(&serde_json::from_str::<SourceConfig>(&text).unwrap(), both);
 }
 
 #[test]

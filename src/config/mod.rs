@@ -7,6 +7,7 @@ mod named;
 pub mod origin;
 pub mod server;
 pub mod size;
+mod yaml;
 
 pub use server::{EngineSettings, LogFormat, ServerFlags, Settings};
 pub use size::ByteSize;

@@ -93,6 +93,19 @@ fn check_names<'n>(names: impl Iterator<Item = &'n str> + Clone, resolved: usize
     Ok(())
 }
 
+impl Location {
+    /// The sources that one is made of, with their names; none where it has data of its own.
+    pub(super) fn parts(&self) -> Vec<(&str, &SourceConfig)> {
+        match self {
+            Self::Mix(mix) => {
+                mix.sources.iter().map(|part| part.source.as_str()).zip(&mix.resolved).collect()
+            }
+            Self::Fallback(list) => list.sources.iter().map(String::as_str).zip(&list.resolved).collect(),
+            _ => Vec::new(),
+        }
+    }
+}
+
 impl SourceConfig {
     /// The source with the sources that it is made of inside. `find` gives one by its name, as it is typed; `name` is
     /// its own.
@@ -100,16 +113,16 @@ impl SourceConfig {
     /// # Errors
     /// Names that nothing is called, sources that are made of themselves or of too many, and sources that do not go
     /// together, with the names.
-    pub fn resolve<'c>(
+    pub fn with_parts<'c>(
         &self,
         name: &'c str,
         find: &dyn Fn(&str) -> Option<(&'c str, &'c SourceConfig)>,
     ) -> Result<Self, String> {
-        resolve(self, &mut vec![name], &mut 0, find)
+        with_parts(self, &mut vec![name], &mut 0, find)
     }
 }
 
-fn resolve<'c>(
+fn with_parts<'c>(
     source: &SourceConfig,
     trail: &mut Vec<&'c str>,
     parts: &mut usize,
@@ -138,7 +151,7 @@ fn resolve<'c>(
             return Err(format!("is made of itself: {} → {name}", trail.join(" → ")));
         }
         trail.push(name);
-        into.push(resolve(part, trail, parts, find)?);
+        into.push(with_parts(part, trail, parts, find)?);
         trail.pop();
     }
     let parts: Vec<(&str, SourceConfig)> = names.into_iter().zip(into.clone()).collect();

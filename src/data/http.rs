@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use self::template::expand;
 use super::object::{Object, Opened, Opening, Rows, Stat};
-use super::remote::{Answer, Failure, Remote, RemoteObject};
+use super::remote::{Answer, Remote, RemoteObject};
+use super::retry::Failure;
 use super::web;
 
 /// More redirects than this go in a circle.
@@ -68,11 +69,10 @@ impl HttpConfig {
         let objects = addresses.into_iter().map(move |address| {
             let url = Url::parse(&address).map_err(|e| format!("'{address}' is no address: {e}"))?;
             let host = url.host_str().unwrap_or_default().to_owned();
-            let patience = opening.patience;
             let http = match &client {
                 Some((known, http)) if *known == host => http.clone(),
                 _ => {
-                    let http = web::client(&url, patience.connect, patience.idle)?;
+                    let http = web::client(&url, opening.patience)?;
                     client.insert((host, http)).1.clone()
                 }
             };
@@ -84,7 +84,7 @@ impl HttpConfig {
 }
 
 /// Secrets belong into the environment: a source is kept in job files and shown in messages.
-fn check_url(text: &str) -> Result<(), String> {
+pub(super) fn check_url(text: &str) -> Result<(), String> {
     let url = Url::parse(text).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
     let url = url.ok_or_else(|| format!("'{text}' is no http or https address"))?;
     if !url.username().is_empty() || url.password().is_some() {
@@ -101,26 +101,29 @@ fn check_url(text: &str) -> Result<(), String> {
 const OWN_HEADERS: [&str; 6] =
     ["accept-encoding", "content-length", "host", "if-range", "range", "transfer-encoding"];
 
-fn check_header(header: &str, variable: &str) -> Result<(), String> {
+pub(super) fn check_header(header: &str, variable: &str) -> Result<(), String> {
     let name = HeaderName::from_bytes(header.as_bytes());
     let name = name.map_err(|_| format!("headers_env: '{header}' is no name of a header"))?;
     if OWN_HEADERS.contains(&name.as_str()) {
         return Err(format!("headers_env: {header} is set by the program itself"));
     }
+    check_variable(&format!("headers_env: {header}"), variable, "DATA_TOKEN")
+}
+
+/// That `variable` can be the name of an environment variable; `key` is where it is named.
+pub(super) fn check_variable(key: &str, variable: &str, example: &str) -> Result<(), String> {
     let is_name = !variable.is_empty()
         && variable.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
         && !variable.starts_with(|c: char| c.is_ascii_digit());
     if !is_name {
         // What stands there instead may be the secret itself, so it is not repeated.
-        return Err(format!(
-            "headers_env: {header} must name an environment variable that holds the value, as in DATA_TOKEN"
-        ));
+        return Err(format!("{key} must name an environment variable that holds the value, as in {example}"));
     }
     Ok(())
 }
 
 /// Reads the headers' values from the environment.
-fn headers(headers_env: &BTreeMap<String, String>) -> Result<HeaderMap, String> {
+pub(super) fn headers(headers_env: &BTreeMap<String, String>) -> Result<HeaderMap, String> {
     let mut headers = HeaderMap::new();
     for (header, variable) in headers_env {
         let value = std::env::var(variable).map_err(|_| {

@@ -4,16 +4,23 @@
 mod combined;
 mod cursor;
 mod decode;
+#[doc(hidden)]
+pub mod decoding;
+mod describe;
 mod filter;
 mod http;
 pub mod hub;
 mod local;
+mod mcp;
 mod object;
+mod qdrant;
 mod reader;
 mod remote;
+mod retry;
 pub(crate) mod s3;
 mod source;
 mod stream;
+mod survey;
 #[cfg(test)]
 mod tests;
 mod web;
@@ -28,9 +35,12 @@ pub use self::cursor::{Counts, Cursor};
 pub use self::filter::Filter;
 pub use self::http::HttpConfig;
 pub use self::local::LocalConfig;
+pub use self::mcp::McpConfig;
+pub use self::qdrant::QdrantConfig;
 pub use self::s3::{S3Access, S3Config};
 pub use self::source::{FIELD_NAMES, Format, Location, SourceConfig, Template, usual_names};
 pub use self::stream::{BadRows, RecordStream};
+pub use self::survey::{Part, Survey};
 
 /// One record: a row, an object, a line of text.
 #[derive(Debug, Clone, PartialEq)]

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use tokio_util::bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
-use super::Format;
+use super::{Format, SourceConfig};
 
 /// A file of a source, wherever it lies.
 pub(super) trait Object: Send {
@@ -19,6 +19,11 @@ pub(super) trait Object: Send {
 
     /// Its length and what tells this version from another; asked before the first read.
     fn stat(&mut self) -> Result<Stat, String>;
+
+    /// How its rows are written, where the place that it comes from says so; known after [`Object::stat`].
+    fn format(&self) -> Option<Format> {
+        None
+    }
 
     /// All bytes from `offset` on. A connection that breaks goes on by itself within its patience; errors carry the
     /// words for the user.
@@ -71,7 +76,6 @@ pub(super) enum Rows {
     /// Files, to be decoded.
     Files(Objects),
     /// Rows as they are.
-    #[allow(dead_code, reason = "the kinds that give pages come next")]
     Pages(Box<dyn Pages>),
 }
 
@@ -84,11 +88,25 @@ pub(super) struct Opening {
     pub(super) stop: CancellationToken,
     /// As the source's settings have it; a folder lists other files with `auto` than without.
     pub(super) format: Format,
+    /// Fields of the records that are needed, as paths; empty where all are.
+    pub(super) fields: Vec<String>,
     /// [`Opened::pin`] of the opening that is continued.
     pub(super) pin: Option<String>,
 }
 
 impl Opening {
+    /// For reading everything from the beginning. Must be called inside the asynchronous runtime.
+    pub(super) fn new(source: &SourceConfig, patience: Patience) -> Self {
+        Self {
+            runtime: tokio::runtime::Handle::current(),
+            patience,
+            stop: CancellationToken::new(),
+            format: source.format,
+            fields: Vec::new(),
+            pin: None,
+        }
+    }
+
     /// Waits on the reading thread for something asynchronous, but no longer than somebody wants records.
     pub(super) fn wait<T>(&self, work: impl Future<Output = Result<T, String>>) -> Result<T, String> {
         self.runtime.block_on(async {

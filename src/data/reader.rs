@@ -1,7 +1,6 @@
 //! The thread that reads a source: opens its files or pages where reading is to go on, decodes and filters them, and
 //! hands the rows over as far as there is room.
 
-use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -47,7 +46,6 @@ pub(super) struct Parcel {
 /// Begins to read on a thread of its own, which ends when nobody wants more.
 pub(super) fn start(
     config: &SourceConfig,
-    columns: Option<BTreeSet<String>>,
     opening: Opening,
     from: Option<Mark>,
 ) -> mpsc::UnboundedReceiver<Parcel> {
@@ -65,7 +63,7 @@ pub(super) fn start(
         sender,
     };
     let sieve = config.filter.as_ref().map(|filter| Sieve::new(filter, config));
-    let reader = Reader { config: config.clone(), columns, opening, sieve, outlet };
+    let reader = Reader { config: config.clone(), opening, sieve, outlet };
     tokio::task::spawn_blocking(move || reader.run(from));
     receiver
 }
@@ -120,7 +118,6 @@ impl Outlet {
 
 struct Reader {
     config: SourceConfig,
-    columns: Option<BTreeSet<String>>,
     opening: Opening,
     sieve: Option<Sieve>,
     outlet: Outlet,
@@ -204,7 +201,10 @@ impl Reader {
         file: &File,
         from: Option<MarkPlace>,
     ) -> Result<ControlFlow<()>, String> {
-        let format = self.config.format;
+        let format = match self.config.format {
+            Format::Auto => object.format().unwrap_or_default(),
+            format => format,
+        };
         let is_parquet = format == Format::Parquet
             || (format == Format::Auto && format_of_name(&file.shown) == Some(Format::Parquet));
         let input = match &from {
@@ -260,13 +260,13 @@ impl Reader {
         let length = stat.length.ok_or_else(|| {
             format!("{}: nothing tells how long it is, which Parquet needs; use another format", file.shown)
         })?;
-        let columns = self.columns.clone();
+        let columns = self.opening.fields.clone();
         let memory = self.config.buffer_bytes;
         let mut sink = |row, found, next: parquet::Start| {
             let place = MarkPlace::Group { file: file.mark.clone(), group: next.group, row: next.row };
             self.found(file, row, found, place)
         };
-        parquet::decode(object, length, columns.as_ref(), start, memory, &mut sink)
+        parquet::decode(object, length, &columns, start, memory, &mut sink)
             .map_err(|broken| file.words(broken))
     }
 

@@ -6,16 +6,13 @@ use std::io::{self, Read};
 use std::ops::Range;
 use std::time::Duration;
 
-use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use flate2::Crc;
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
 use tokio_util::bytes::Bytes;
 
-use super::object::{Object, Opening, Patience, Stat};
-
-/// Longest wait between two attempts that nobody asked for.
-const MAX_WAIT: Duration = Duration::from_secs(60);
+use super::object::{Object, Opening, Stat};
+use super::retry::{Failure, Retries};
 
 /// One way to fetch an object.
 pub(super) trait Remote: Send {
@@ -46,24 +43,6 @@ pub(super) struct Answer {
     pub(super) body: BoxStream<'static, Result<Bytes, String>>,
 }
 
-/// What went wrong with one attempt.
-pub(super) enum Failure {
-    /// Another attempt may mend it, after a wait that the server may have asked for.
-    Passing { reason: String, wait: Option<Duration> },
-    /// Nothing will.
-    Final(String),
-}
-
-impl Failure {
-    pub(super) fn passing(reason: impl Into<String>) -> Self {
-        Self::Passing { reason: reason.into(), wait: None }
-    }
-
-    pub(super) fn changed() -> Self {
-        Self::Final("the data was changed while it was read; start anew".into())
-    }
-}
-
 /// An object that is fetched.
 pub(super) struct RemoteObject<R> {
     remote: R,
@@ -89,7 +68,7 @@ impl<R: Remote> RemoteObject<R> {
             loop {
                 match remote.stat().await {
                     Ok(known) => return Ok(known),
-                    Err(failure) => retries.wait(failure, remote.shown(), "").await?,
+                    Err(failure) => retries.wait(failure, remote.shown()).await?,
                 }
             }
         })?;
@@ -125,28 +104,29 @@ impl<R: Remote> Object for RemoteObject<R> {
             again: Crc::new(),
             rest: Bytes::new(),
             ended: false,
+            failed: false,
         }))
     }
 
     fn read_range(&mut self, range: Range<u64>) -> Result<Bytes, String> {
         let known = self.known()?;
         self.first = None;
-        let mut retries = Retries::new(self.opening.patience);
+        let patience = self.opening.patience;
+        let mut retries = Retries::new(patience);
         let wanted = (range.end.saturating_sub(range.start)) as usize;
         let mut had: Vec<u8> = Vec::new();
         let remote = &mut self.remote;
-        let idle = self.opening.patience.idle;
         self.opening.wait(async {
             while had.len() < wanted {
                 let before = had.len();
-                match bring(remote, &range, &known, &mut had, idle).await {
+                match bring(remote, &range, &known, &mut had, patience.idle).await {
                     Ok(()) => {}
                     Err(failure) => {
                         if had.len() > before {
-                            retries = Retries::new(retries.patience);
+                            retries = Retries::new(patience);
                         }
-                        let at = format!(" at byte {}", range.start + had.len() as u64);
-                        retries.wait(failure, remote.shown(), &at).await?;
+                        let place = format!("at byte {}", range.start + had.len() as u64);
+                        retries.wait(failure.at(&place), remote.shown()).await?;
                     }
                 }
             }
@@ -210,41 +190,6 @@ fn same(known: &Stat, answered: &Stat) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Attempts in a row that brought nothing.
-struct Retries {
-    patience: Patience,
-    backoff: ExponentialBackoff,
-    failures: u32,
-}
-
-impl Retries {
-    fn new(patience: Patience) -> Self {
-        let backoff = ExponentialBuilder::new()
-            .with_jitter()
-            .with_min_delay(patience.backoff)
-            .with_max_delay(MAX_WAIT)
-            .with_max_times(patience.retries as usize)
-            .build();
-        Self { patience, backoff, failures: 0 }
-    }
-
-    /// Waits before the next attempt; the words for the user where there is none. `place` begins with a space.
-    async fn wait(&mut self, failure: Failure, shown: &str, place: &str) -> Result<(), String> {
-        self.failures += 1;
-        let (reason, asked) = match failure {
-            Failure::Final(reason) => return Err(reason),
-            Failure::Passing { reason, wait } => (reason, wait),
-        };
-        let Some(backoff) = self.backoff.next() else {
-            return Err(format!("{reason}{place} ({} attempts)", self.failures));
-        };
-        let wait = asked.unwrap_or(backoff);
-        tracing::warn!(object = shown, reason, place, wait_s = wait.as_secs_f64(), "trying again");
-        tokio::time::sleep(wait).await;
-        Ok(())
-    }
-}
-
 /// An object from some byte on to its end.
 struct Reading<'a, R> {
     remote: &'a mut R,
@@ -263,6 +208,8 @@ struct Reading<'a, R> {
     rest: Bytes,
     ended: bool,
     retries: Retries,
+    /// Since the last byte that was new.
+    failed: bool,
 }
 
 impl<R: Remote> Read for Reading<'_, R> {
@@ -292,8 +239,9 @@ impl<R: Remote> Reading<'_, R> {
                 Err(failure) => {
                     self.answer = None;
                     let of = self.known.length.map_or(String::new(), |length| format!(" of {length}"));
-                    let place = format!(" after {}{of} bytes", self.position);
-                    self.retries.wait(failure, self.remote.shown(), &place).await?;
+                    let place = format!("after {}{of} bytes", self.position);
+                    self.failed = true;
+                    self.retries.wait(failure.at(&place), self.remote.shown()).await?;
                 }
             }
         }
@@ -335,7 +283,7 @@ impl<R: Remote> Reading<'_, R> {
                     "more bytes came than the {length} that were announced; ask whoever runs the server"
                 )));
             }
-            if self.retries.failures > 0 {
+            if std::mem::take(&mut self.failed) {
                 self.retries = Retries::new(self.opening.patience);
             }
             return Ok(Some(bytes));

@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 pub use self::client::S3Access;
 pub(crate) use self::client::{client, explain};
 use super::object::{Object, Opened, Opening, Rows, Stat};
-use super::remote::{Answer, Failure, Remote, RemoteObject};
+use super::remote::{Answer, Remote, RemoteObject};
+use super::retry::Failure;
 use super::{Format, decode};
 
 /// The keys of `type: s3`.

@@ -1,7 +1,7 @@
 //! What a source of records is, as the connectors file describes it and as a job keeps it: keys that every source
 //! has, and those of its kind. Says where data lies and how it is read; opens nothing.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::de::{DeserializeOwned, MapAccess, Visitor};
@@ -13,6 +13,8 @@ use super::filter::Filter;
 use super::http::HttpConfig;
 use super::hub::HuggingFaceConfig;
 use super::local::LocalConfig;
+use super::mcp::McpConfig;
+use super::qdrant::QdrantConfig;
 use super::s3::S3Config;
 
 /// A source of records. It holds names of environment variables, never a secret.
@@ -103,6 +105,10 @@ kinds! {
     HuggingFace(HuggingFaceConfig) = "huggingface",
     /// Objects of a bucket.
     S3(S3Config) = "s3",
+    /// Points of a Qdrant collection.
+    Qdrant(QdrantConfig) = "qdrant",
+    /// Resources or a tool of a Model Context Protocol server.
+    Mcp(McpConfig) = "mcp",
     /// Several sources by weight.
     Mix(MixConfig) = "mix",
     /// The first of several sources that works.
@@ -148,6 +154,19 @@ pub enum Template {
     Translation,
 }
 
+impl Template {
+    /// As settings name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::PromptCompletion => "prompt_completion",
+            Self::Chat => "chat",
+            Self::Text => "text",
+            Self::Translation => "translation",
+        }
+    }
+}
+
 impl SourceConfig {
     /// Files of this machine with every other setting at its default.
     pub fn local(path: impl Into<String>) -> Self {
@@ -183,22 +202,25 @@ impl SourceConfig {
         self.location.kind()
     }
 
-    /// The fields that are needed, where the settings name all that a template takes; the filter's included.
-    pub(super) fn named_fields(&self) -> Option<BTreeSet<String>> {
-        let named = |fields: &[&str]| fields.iter().all(|field| self.fields.contains_key(*field));
-        let all: [(Template, &[&str]); 4] = [
+    /// Fields of a record that are enough, as paths, the filter's included; none where it is not known which are. A
+    /// template whose fields are mapped in part takes the others by their usual names.
+    pub(super) fn needed(&self) -> Vec<String> {
+        const TAKEN: [(Template, &[&str]); 4] = [
             (Template::Chat, &["messages"]),
             (Template::PromptCompletion, &["prompt", "completion"]),
             (Template::Translation, &["source", "target"]),
             (Template::Text, &["text"]),
         ];
+        let named = |fields: &[&str]| fields.iter().all(|field| self.fields.contains_key(*field));
         let template = self.template.filter(|template| *template != Template::Auto);
-        let is_complete = match template {
-            Some(template) => all.iter().any(|(of, fields)| *of == template && named(fields)),
-            None => all.iter().any(|(_, fields)| named(fields)),
-        };
-        let filtered = self.filter.iter().filter_map(|filter| filter.field.clone());
-        is_complete.then(|| self.fields.values().cloned().chain(filtered).collect())
+        let may_be = |of: Template| template.is_none_or(|template| template == of);
+        match TAKEN.iter().any(|(of, fields)| may_be(*of) && named(fields)) {
+            true => {
+                let filtered = self.filter.iter().filter_map(|filter| filter.field.as_ref());
+                self.fields.values().chain(filtered).cloned().collect()
+            }
+            false => Vec::new(),
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use std::task::{Context, Poll, ready};
 
 use futures::Stream;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::sync::DropGuard;
 
 use super::combined::{Fallback, Mix};
 use super::cursor::{At, Counts, Cursor};
@@ -230,6 +230,8 @@ impl Location {
             Self::Http(config) => config.open(opening),
             Self::HuggingFace(config) => config.open(opening),
             Self::S3(config) => config.open(opening),
+            Self::Qdrant(config) => config.open(opening),
+            Self::Mcp(config) => config.open(opening),
             Self::Mix(_) | Self::Fallback(_) => Err("has no data of its own".into()),
         }
     }
@@ -266,17 +268,14 @@ impl Reading {
                 return Err("the cursor is one of several sources; start anew".into());
             }
         };
-        let stop = CancellationToken::new();
-        let opening = Opening {
-            runtime: tokio::runtime::Handle::current(),
-            patience,
-            stop: stop.clone(),
-            format: config.format,
-            pin: from.as_ref().and_then(|mark| mark.pin.as_ref().clone()),
-        };
-        let columns = config.named_fields().filter(|_| wanted == Wanted::Named);
+        let mut opening = Opening::new(config, patience);
+        opening.pin = from.as_ref().and_then(|mark| mark.pin.as_ref().clone());
+        if wanted == Wanted::Named {
+            opening.fields = config.needed();
+        }
+        let stop = opening.stop.clone();
         Ok(Self {
-            receiver: reader::start(config, columns, opening, from),
+            receiver: reader::start(config, opening, from),
             ready: VecDeque::new(),
             room: None,
             skip: config.skip,

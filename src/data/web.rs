@@ -8,11 +8,13 @@ use reqwest::header::{
 };
 use reqwest::{Response, Url};
 
+use super::object::Patience;
+
 /// A client that follows no redirect: what belongs to a request depends on where it goes, so its caller follows.
 ///
 /// # Errors
 /// TLS cannot be set up; the words say what to install.
-pub(super) fn client(url: &Url, connect: Duration, idle: Duration) -> Result<reqwest::Client, String> {
+pub(super) fn client(url: &Url, patience: Patience) -> Result<reqwest::Client, String> {
     // Fails when somebody installed a provider before, which then serves as well.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let mut headers = HeaderMap::new();
@@ -21,8 +23,8 @@ pub(super) fn client(url: &Url, connect: Duration, idle: Duration) -> Result<req
     let mut builder = reqwest::Client::builder()
         .user_agent(concat!("gurukul/", env!("CARGO_PKG_VERSION")))
         .default_headers(headers)
-        .connect_timeout(connect)
-        .read_timeout(idle)
+        .connect_timeout(patience.connect)
+        .read_timeout(patience.idle)
         .redirect(reqwest::redirect::Policy::none());
     if is_loopback(url) {
         builder = builder.no_proxy();
@@ -46,9 +48,13 @@ pub(super) fn words(error: reqwest::Error) -> String {
     chain(&error.without_url())
 }
 
-/// An error with those of its causes that it does not repeat itself.
+/// An error with its causes.
 pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
+    with_causes(error.to_string(), error)
+}
+
+/// A text with those causes of an error that it does not hold yet.
+pub(super) fn with_causes(mut text: String, error: &dyn std::error::Error) -> String {
     let mut cause = error.source();
     while let Some(inner) = cause {
         let inner_text = inner.to_string();

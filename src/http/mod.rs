@@ -18,6 +18,7 @@ mod metrics;
 mod middleware;
 mod openai;
 mod openapi;
+mod sources;
 mod sse;
 mod state;
 mod train;
@@ -57,6 +58,7 @@ fn table() -> OpenApiRouter<AppState> {
         .routes(routes!(job_events::events))
         .routes(routes!(jobs::cancel))
         .routes(routes!(jobs::resume))
+        .routes(routes!(sources::list))
         .routes(routes!(adapters::list))
         .routes(routes!(adapters::get, adapters::delete))
         .routes(routes!(health::health))
@@ -124,6 +126,7 @@ mod tests {
             ("/v1/fine_tuning/jobs/{fine_tuning_job_id}/cancel", "post"),
             ("/v1/fine_tuning/jobs/{fine_tuning_job_id}/events", "get"),
             ("/v1/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints", "get"),
+            ("/sources", "get"),
             ("/adapter/list", "get"),
             ("/adapter/{name}", "get"),
             ("/adapter/{name}", "delete"),

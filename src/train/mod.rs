@@ -8,7 +8,7 @@ pub mod full;
 pub mod job;
 pub mod schedule;
 pub mod targets;
-mod template;
+pub mod template;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -84,7 +84,7 @@ const TEMPLATES: [Template; 4] =
 ///
 /// # Errors
 /// None fits; the fields that there are.
-pub(super) fn decide(source: &SourceConfig, record: &Record) -> Result<Template, String> {
+pub fn decide(source: &SourceConfig, record: &Record) -> Result<Template, String> {
     let fits = |template: &Template| {
         fields_of(*template).iter().all(|field| find(&source.fields, record, field).is_ok())
     };

@@ -4,7 +4,6 @@
 mod chunks;
 mod values;
 
-use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -40,11 +39,11 @@ pub(in crate::data) struct Start {
 pub(in crate::data) type Sink<'a> = dyn FnMut(Row, Found, Start) -> ControlFlow<()> + 'a;
 
 /// Gives every row from `start` on. `columns` names those that are read, or parts of them such as `translation.en`;
-/// where it is `None` or names none that there is, all are. `memory` bounds the pieces of columns at hand, in bytes.
+/// where it names none that there is, all are. `memory` bounds the pieces of columns at hand, in bytes.
 pub(in crate::data) fn decode(
     object: Box<dyn Object>,
     length: u64,
-    columns: Option<&BTreeSet<String>>,
+    columns: &[String],
     start: Start,
     memory: u64,
     sink: &mut Sink,
@@ -84,12 +83,9 @@ fn words(error: ParquetError) -> String {
 }
 
 /// The fields of the schema that are needed.
-fn projected(root: &Type, columns: Option<&BTreeSet<String>>) -> Vec<Arc<Type>> {
-    let is_needed = |name: &str| {
-        columns.is_none_or(|columns| {
-            columns.iter().any(|path| path == name || path.split('.').next() == Some(name))
-        })
-    };
+fn projected(root: &Type, columns: &[String]) -> Vec<Arc<Type>> {
+    let is_needed =
+        |name: &str| columns.iter().any(|path| path == name || path.split('.').next() == Some(name));
     let needed: Vec<Arc<Type>> =
         root.get_fields().iter().filter(|field| is_needed(field.name())).cloned().collect();
     // With nothing to go by, the record's own fields are the best that an error can name.

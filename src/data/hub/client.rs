@@ -125,8 +125,8 @@ impl Client {
                 anyhow::Ok(value)
             })
             .transpose()?;
-        let http = web::client(&endpoint, Duration::from_secs(10), Duration::from_secs(30))
-            .map_err(anyhow::Error::msg)?;
+        let http =
+            web::client(&endpoint, crate::data::object::Patience::default()).map_err(anyhow::Error::msg)?;
         Ok(Self { http, endpoint, authorization, backoff })
     }
 

@@ -25,6 +25,7 @@ fn opening(format: Format) -> Opening {
         },
         stop: tokio_util::sync::CancellationToken::new(),
         format,
+        fields: Vec::new(),
         pin: None,
     }
 }

@@ -15,7 +15,7 @@ fn numbered(dir: &Path, name: &str, count: usize) {
 fn resolve(all: &Value, name: &str) -> Result<SourceConfig, String> {
     let all: BTreeMap<String, SourceConfig> = serde_json::from_value(all.clone()).unwrap();
     let find = |wanted: &str| all.get_key_value(wanted).map(|(name, source)| (name.as_str(), source));
-    all[name].resolve(name, &find)
+    all[name].with_parts(name, &find)
 }
 
 fn local(dir: &Path, name: &str) -> Value {

@@ -383,6 +383,37 @@ async fn records_without_the_field_count_up_to_a_share() {
 }
 
 #[tokio::test]
+async fn what_the_source_says_reaches_whoever_logs_it() {
+    let dir = tempfile::tempdir().unwrap();
+    numbered(dir.path(), 30, &[]);
+    let place = |name: &str| json!({"type": "local", "path": dir.path().join(name).to_str().unwrap()});
+    let mut job = job(dir.path(), json!({}), json!({"epochs": 1, "shuffle_buffer": 4, "eval_share": 0}));
+    let list = json!({
+        "type": "fallback", "sources": ["far", "near"], "resolved": [place("missing.jsonl"), place("a.jsonl")],
+    });
+    job.source = serde_json::from_value(list).unwrap();
+    let mut dataset = open(&job).await.unwrap();
+    let notes = dataset.take_notes();
+    assert_eq!(notes.len(), 1, "{notes:?}");
+    assert!(notes[0].contains("source far: there is no") && notes[0].contains("going on with source near"));
+    let expected = batches(&mut open(&job).await.unwrap(), 4, 100).await;
+    let first = batches(&mut dataset, 4, 3).await;
+    let mut second = restore(&job, &saved(&dataset)).unwrap();
+    assert_eq!([first, batches(&mut second, 4, 100).await].concat(), expected);
+    assert!(second.take_notes().is_empty(), "it goes on in the one that was chosen");
+
+    job.source = serde_json::from_value(json!({
+        "type": "local", "path": dir.path().join("a.jsonl").to_str().unwrap(), "filter": {"max_chars": 9},
+    }))
+    .unwrap();
+    let mut dataset = open(&job).await.unwrap();
+    // " It is 0." has nine characters, " It is 10." has ten.
+    assert_eq!(texts(&batches(&mut dataset, 8, 100).await).len(), 10);
+    let counters = dataset.counters();
+    assert_eq!((counters.records, counters.bad, counters.filtered), (30, 0, 20));
+}
+
+#[tokio::test]
 async fn a_source_that_dies_in_the_middle_ends_with_its_reason() {
     let dir = tempfile::tempdir().unwrap();
     mixed(dir.path());

@@ -9,7 +9,8 @@ use reqwest::{Response, StatusCode, Url};
 use super::super::client::{self, Client, FetchError};
 use super::super::repo::{Entry, Linked, Repo};
 use crate::data::object::Stat;
-use crate::data::remote::{Answer, Failure, Remote};
+use crate::data::remote::{Answer, Remote};
+use crate::data::retry::Failure;
 use crate::data::web;
 
 /// A file of a repository at a commit.

@@ -36,6 +36,7 @@ fn opening(pin: Option<&str>) -> Opening {
         },
         stop: tokio_util::sync::CancellationToken::new(),
         format: Format::Auto,
+        fields: Vec::new(),
         pin: pin.map(str::to_owned),
     }
 }
