@@ -1,6 +1,7 @@
 //! Builds everything once, in order (listener, jobs, model folder, tokenizer, engine, adapters, routes), and takes it
 //! down in order. What each part does is known to the part.
 
+mod collecting;
 mod demo;
 mod training;
 
@@ -16,16 +17,22 @@ use tokio::net::TcpListener;
 
 use crate::adapters::Registry;
 use crate::config::Settings;
+use crate::config::rl::{self, RlConfig, SinksConfig};
 use crate::data::hub::{self, Progress};
 use crate::engine::EngineHandle;
 use crate::http::{self, AppState, HttpSettings};
 use crate::jobs::{self, Jobs};
 use crate::metrics;
 use crate::model::tokenizer::Tokenizer;
+use crate::rl::log::FOLDER;
+use crate::rl::outbox::{Outbox, Patience};
+use crate::rl::{Collector, EpisodeLog};
 use crate::train::Context;
 
 /// How long running requests and jobs may go on after the signal to stop. A second signal ends them at once.
 const GRACE: Duration = Duration::from_secs(30);
+/// How long uploads that are on their way may go on then: they begin anew at the next start.
+const UPLOAD_GRACE: Duration = Duration::from_secs(5);
 
 /// Marks, in an error's chain, what went wrong before anything ran: settings, model, port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -33,6 +40,7 @@ const GRACE: Duration = Duration::from_secs(30);
 pub struct CannotStart;
 
 /// A model that answers, without HTTP.
+#[derive(Clone)]
 pub struct Loaded {
     /// The engine.
     pub engine: EngineHandle,
@@ -82,6 +90,40 @@ pub async fn load(settings: &Settings) -> anyhow::Result<Loaded> {
     Ok(Loaded { engine, tokenizer, adapters, model_id })
 }
 
+/// What `rl_config.yaml` of the settings' configs folder says.
+///
+/// # Errors
+/// It cannot be used. The chain holds [`CannotStart`].
+pub fn rl_config(settings: &Settings) -> anyhow::Result<RlConfig> {
+    RlConfig::load(&settings.configs_dir, None)
+        .with_context(|| format!("{}", settings.configs_dir.join(rl::FILE_NAME).display()))
+        .context(CannotStart)
+}
+
+/// Collects episodes into the data folder's log, whose torn lines are repaired. The caller holds the folder's lock.
+///
+/// # Errors
+/// A log that cannot be opened, or a reward that cannot be had. The chain holds [`CannotStart`].
+pub fn collector(settings: &Settings, config: Arc<RlConfig>, loaded: &Loaded) -> anyhow::Result<Collector> {
+    let folder = settings.data_dir.join(FOLDER);
+    let open = || {
+        let log = EpisodeLog::open(&folder, config.log.max_file_bytes()?)
+            .with_context(|| format!("the log of episodes {}", folder.display()))?;
+        let Loaded { engine, tokenizer, adapters, model_id } = loaded.clone();
+        Ok(Collector::new(engine, tokenizer, adapters, model_id, config, log)?)
+    };
+    open().context(CannotStart)
+}
+
+/// The uploads that were promised, which go on once it is started.
+///
+/// # Errors
+/// A folder or a store that cannot be used. The chain holds [`CannotStart`].
+pub async fn outbox(settings: &Settings, jobs: &Jobs, sinks: SinksConfig) -> anyhow::Result<Outbox> {
+    let opened = Outbox::open(&settings.data_dir, jobs.promises(), sinks, Patience::default()).await;
+    opened.context(CannotStart)
+}
+
 /// The server, ready to answer.
 pub struct App {
     listener: TcpListener,
@@ -90,6 +132,7 @@ pub struct App {
     engine: EngineHandle,
     adapters: Arc<Registry>,
     jobs: Jobs,
+    uploads: Outbox,
 }
 
 impl App {
@@ -101,8 +144,11 @@ impl App {
         // Before the model, because it fails at once where loading a model takes minutes. Whoever connects meanwhile waits.
         let listener = listen(SocketAddr::new(settings.host, settings.port)).await.context(CannotStart)?;
         let address = listener.local_addr().context("the listener has no address").context(CannotStart)?;
+        let rl = Arc::new(rl_config(settings)?);
         let jobs = open_jobs(settings).await.context(CannotStart)?;
-        let Loaded { engine, tokenizer, adapters, model_id } = load(settings).await?;
+        let loaded = load(settings).await?;
+        let collector = collector(settings, rl.clone(), &loaded)?;
+        let Loaded { engine, tokenizer, adapters, model_id } = loaded;
         let training = Arc::new(Context {
             engine: engine.clone(),
             tokenizer: tokenizer.clone(),
@@ -110,7 +156,10 @@ impl App {
             model_id: model_id.clone(),
             jobs_dir: jobs.dir(),
         });
-        jobs.start(training::kinds(training.clone())).await.context(CannotStart)?;
+        let uploads = outbox(settings, &jobs, rl.sinks.clone()).await?;
+        uploads.start();
+        let kinds = training::kinds(training.clone(), collector.clone(), uploads.clone());
+        jobs.start(kinds).await.context(CannotStart)?;
         let http = HttpSettings {
             max_body_bytes: settings.max_body_bytes,
             max_prompt_bytes: settings.max_prompt_bytes,
@@ -126,12 +175,14 @@ impl App {
             tokenizer,
             adapters: adapters.clone(),
             jobs: jobs.clone(),
+            uploads: uploads.clone(),
             training,
+            collector,
             settings: Arc::new(http),
             prometheus,
             started: Instant::now(),
         });
-        Ok(Self { listener, address, router, engine, adapters, jobs })
+        Ok(Self { listener, address, router, engine, adapters, jobs, uploads })
     }
 
     /// A handle to the engine, for its shutdown after the runtime's.
@@ -177,7 +228,7 @@ impl App {
         let mut server = std::pin::pin!(server.into_future());
         let again = tokio::select! {
             outcome = &mut server => {
-                self.jobs.shutdown(GRACE).await;
+                tokio::join!(self.jobs.shutdown(GRACE), self.uploads.shutdown(UPLOAD_GRACE));
                 self.jobs.close().await;
                 return outcome.context("the listener failed");
             }
@@ -187,7 +238,8 @@ impl App {
         tracing::info!(running, grace_s = GRACE.as_secs(), "stopping; running requests may end, jobs pause");
         drop(stopping);
         // Together: whoever follows a job's events is told that they end, and lets go of the server.
-        let end = async { tokio::join!(server, self.jobs.shutdown(GRACE)).0 };
+        let ends = (self.jobs.shutdown(GRACE), self.uploads.shutdown(UPLOAD_GRACE));
+        let end = async { tokio::join!(server, ends.0, ends.1).0 };
         let outcome = tokio::select! {
             outcome = end => outcome.context("the listener failed"),
             () = tokio::time::sleep(GRACE) => {
@@ -199,15 +251,19 @@ impl App {
                 Ok(())
             }
         };
-        // Jobs that were cut go on from their last checkpoints.
+        // Jobs that were cut go on from their last checkpoints, uploads from their beginning.
+        self.uploads.shutdown(Duration::ZERO).await;
         self.jobs.shutdown(Duration::ZERO).await;
         self.jobs.close().await;
         outcome
     }
 }
 
-/// The jobs of the data folder; none runs yet.
-async fn open_jobs(settings: &Settings) -> Result<Jobs, jobs::OpenError> {
+/// The jobs of the data folder, which is locked for as long as they are there; none runs yet.
+///
+/// # Errors
+/// A store that cannot be used, or another process that has the folder.
+pub async fn open_jobs(settings: &Settings) -> Result<Jobs, jobs::OpenError> {
     let settings = jobs::Settings {
         data_dir: settings.data_dir.clone(),
         max_parallel: settings.max_parallel_jobs,

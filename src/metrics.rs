@@ -36,6 +36,14 @@ const TRAINING_RATE: &str = "gurukul_training_tokens_per_second";
 const TRAINING_STEP: &str = "gurukul_training_step";
 const TRAINING_STEPS: &str = "gurukul_training_steps_planned";
 const TRAINING_LOSS: &str = "gurukul_training_loss";
+const EPISODES: &str = "gurukul_rl_episodes_total";
+const EPISODE_REWARD: &str = "gurukul_rl_reward";
+const EPISODE_REWARD_FAILED: &str = "gurukul_rl_reward_failures_total";
+const EPISODES_SYNCED: &str = "gurukul_rl_log_episodes_total";
+const LOG_SYNC: &str = "gurukul_rl_log_sync_seconds";
+const UPLOADS: &str = "gurukul_uploads";
+const UPLOAD_RETRIES: &str = "gurukul_upload_retries_total";
+const UPLOAD_OLDEST: &str = "gurukul_upload_oldest_pending_seconds";
 const UPTIME: &str = "gurukul_uptime_seconds";
 const RESIDENT_SET: &str = "process_resident_memory_bytes";
 const BUILD: &str = "gurukul_build_info";
@@ -44,6 +52,9 @@ const BUILD: &str = "gurukul_build_info";
 /// answer of a large one minutes.
 const LATENCY_BUCKETS_S: [f64; 16] =
     [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
+
+/// Upper bounds of the histogram of rewards.
+const REWARD_BUCKETS: [f64; 10] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0];
 
 /// How often samples move from the recorder's buffers into the histograms when nobody reads them.
 const UPKEEP: Duration = Duration::from_secs(5);
@@ -58,6 +69,9 @@ pub fn install() -> anyhow::Result<PrometheusHandle> {
     let made = HANDLE.get_or_init(|| {
         let builder = PrometheusBuilder::new()
             .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &LATENCY_BUCKETS_S)
+            .and_then(|builder| {
+                builder.set_buckets_for_metric(Matcher::Full(EPISODE_REWARD.into()), &REWARD_BUCKETS)
+            })
             .map_err(|error| error.to_string())?;
         let recorder = builder.build_recorder();
         let handle = recorder.handle();
@@ -104,6 +118,18 @@ fn describe() {
     describe_gauge!(TRAINERS, "Trainers that hold memory");
     describe_gauge!(TRAIN_SHARE, "Share of the time that training gets while requests run");
     describe_gauge!(JOBS, "Jobs that are remembered, by state");
+    describe_counter!(EPISODES, "Episodes collected, by where their output is from");
+    describe_histogram!(EPISODE_REWARD, "Rewards of collected episodes");
+    describe_counter!(EPISODE_REWARD_FAILED, "Episodes without a reward because it could not be had");
+    describe_counter!(EPISODES_SYNCED, "Episodes that the log has on disk");
+    describe_histogram!(
+        LOG_SYNC,
+        Unit::Seconds,
+        "Writing episodes to the log, fsync included; one for a group"
+    );
+    describe_gauge!(UPLOADS, "Promised uploads that are remembered, by state");
+    describe_counter!(UPLOAD_RETRIES, "Attempts to upload that will be repeated");
+    describe_gauge!(UPLOAD_OLDEST, Unit::Seconds, "Age of the oldest upload that is not through");
     describe_gauge!(UPTIME, Unit::Seconds, "Time since the start");
     describe_gauge!(RESIDENT_SET, Unit::Bytes, "Bytes of the process in main memory");
     describe_gauge!(BUILD, "1, with the version as label");
@@ -143,6 +169,21 @@ pub fn answer_finished(queue_s: f64, first_token_s: f64, total_s: f64) {
     histogram!(QUEUE_TIME).record(queue_s);
     histogram!(FIRST_TOKEN_TIME).record(first_token_s);
     histogram!(TOTAL_TIME).record(total_s);
+}
+
+/// An episode was collected: `source` is `generated` or `given`; without a reward where that could not be had.
+pub fn episode_collected(source: &'static str, reward: Option<f64>) {
+    counter!(EPISODES, "source" => source).increment(1);
+    match reward {
+        Some(reward) => histogram!(EPISODE_REWARD).record(reward),
+        None => counter!(EPISODE_REWARD_FAILED).increment(1),
+    }
+}
+
+/// The log wrote a group of episodes to the disk.
+pub fn episodes_synced(episodes: usize, seconds: f64) {
+    counter!(EPISODES_SYNCED).increment(episodes as u64);
+    histogram!(LOG_SYNC).record(seconds);
 }
 
 /// The engine did one piece of training.
@@ -218,6 +259,19 @@ pub fn jobs(by_state: [(&'static str, u64); 5]) {
     for (state, jobs) in by_state {
         gauge!(JOBS, "state" => state).set(jobs as f64);
     }
+}
+
+/// Shows how many promised uploads are in each state, and the age of the oldest that is not through.
+pub fn uploads(by_state: [(&'static str, u64); 3], oldest_pending_s: f64) {
+    for (state, uploads) in by_state {
+        gauge!(UPLOADS, "state" => state).set(uploads as f64);
+    }
+    gauge!(UPLOAD_OLDEST).set(oldest_pending_s);
+}
+
+/// An attempt to upload did not succeed and will be repeated.
+pub fn upload_retried() {
+    counter!(UPLOAD_RETRIES).increment(1);
 }
 
 /// A job that runs; what is not known yet is not shown.

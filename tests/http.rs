@@ -10,6 +10,10 @@ mod fine_tuning;
 mod generate_lite;
 #[path = "http/openai.rs"]
 mod openai;
+#[path = "http/rl_collect.rs"]
+mod rl_collect;
+#[path = "http/rl_uploads.rs"]
+mod rl_uploads;
 #[path = "http/server.rs"]
 mod server;
 #[path = "http/training.rs"]

@@ -30,7 +30,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ),
     ("app", &["http", "config", "adapters", "data", "engine", "jobs", "metrics", "model", "rl", "train"]),
     ("http", &["adapters", "config", "data", "engine", "jobs", "metrics", "model", "rl", "text", "train"]),
-    ("rl", &["adapters", "config", "data", "engine", "metrics", "model", "nn", "text", "train"]),
+    ("rl", &["adapters", "config", "data", "engine", "jobs", "metrics", "model", "nn", "text", "train"]),
     ("train", &["adapters", "config", "data", "engine", "metrics", "model", "nn", "text"]),
     ("jobs", &["metrics"]),
     // Settings resolve to the types of what they set.

@@ -7,15 +7,24 @@ use futures::FutureExt as _;
 use serde_json::json;
 use tokio::sync::watch;
 
+use super::collecting;
 use crate::engine::EngineError;
-use crate::http::TRAIN_KIND;
+use crate::http::{COLLECT_KIND, TRAIN_KIND};
 use crate::jobs::{self, JobHandle, Level, Outcome, Work};
+use crate::rl::Collector;
+use crate::rl::outbox::Outbox;
 use crate::train::{self, Context, Ending, Progress, Reporter, TrainError, TrainJob};
 
 /// The work for each kind of job.
-pub(super) fn kinds(context: Arc<Context>) -> BTreeMap<&'static str, Work> {
-    let work: Work = Arc::new(move |handle| train_one(context.clone(), handle).boxed());
-    BTreeMap::from([(TRAIN_KIND, work)])
+pub(super) fn kinds(
+    context: Arc<Context>,
+    collector: Collector,
+    uploads: Outbox,
+) -> BTreeMap<&'static str, Work> {
+    let train: Work = Arc::new(move |handle| train_one(context.clone(), handle).boxed());
+    let collect: Work =
+        Arc::new(move |handle| collecting::collect(collector.clone(), uploads.clone(), handle).boxed());
+    BTreeMap::from([(TRAIN_KIND, train), (COLLECT_KIND, collect)])
 }
 
 async fn train_one(context: Arc<Context>, handle: JobHandle) -> Outcome {
@@ -50,7 +59,7 @@ async fn train_one(context: Arc<Context>, handle: JobHandle) -> Outcome {
 }
 
 /// Hands the runner's wishes on for as long as it is polled.
-async fn forward(
+pub(super) async fn forward(
     mut wish: watch::Receiver<jobs::Stop>,
     stop: watch::Sender<train::Stop>,
 ) -> std::convert::Infallible {

@@ -10,8 +10,10 @@ use crate::app::{self, CannotStart};
 use crate::config::Settings;
 use crate::config::adapter::{self, AdapterConfig};
 use crate::config::connectors::{self, Connectors};
+use crate::config::rl::{self, RlConfig};
 use crate::model::load;
 use crate::model::tokenizer::Tokenizer;
+use crate::rl::Rewarder;
 
 pub(super) fn run(settings: &Settings) -> anyhow::Result<()> {
     let training = describe_training(settings).context(CannotStart)?;
@@ -39,11 +41,18 @@ fn describe_training(settings: &Settings) -> anyhow::Result<String> {
     for name in connectors.names() {
         sources.push(format!("{name} ({})", connectors.source(name)?.kind()));
     }
+    let rl = RlConfig::load(folder, None).with_context(|| of(rl::FILE_NAME))?;
+    Rewarder::new(&rl.rewards).with_context(|| of(rl::FILE_NAME))?;
+    let parts = rl.rewards.weights().into_iter().filter(|(_, weight)| *weight > 0.0);
+    let parts: Vec<String> = parts.map(|(part, weight)| format!("{part} {weight}")).collect();
     let sources = if sources.is_empty() { "none".into() } else { sources.join(", ") };
     Ok(format!(
-        "# {}: can be used\n# {}: can be used; sources: {sources}",
+        "# {}: can be used\n# {}: can be used; sources: {sources}\n# {}: can be used; {} prompts; rewards: {}",
         of(adapter::FILE_NAME),
-        of(connectors::FILE_NAME)
+        of(connectors::FILE_NAME),
+        of(rl::FILE_NAME),
+        rl.prompts.len(),
+        parts.join(", ")
     ))
 }
 

@@ -3,6 +3,8 @@
 
 mod bench;
 mod check_config;
+mod collect;
+mod episodes;
 mod eval;
 mod generate;
 mod local;
@@ -11,6 +13,7 @@ mod serve;
 mod smoke;
 mod train;
 
+use std::fs::File;
 use std::io::{self, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
@@ -18,7 +21,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::Parser as _;
 
-use crate::adapters::{sync_folder, write_file};
+use crate::adapters::sync_folder;
 use crate::app::CannotStart;
 use crate::config::{LogFormat, ServerFlags, Settings};
 
@@ -49,6 +52,10 @@ enum Command {
     Generate(generate::Args),
     /// Train an adapter, without a server
     Train(train::Args),
+    /// Answer prompts, reward the answers and log them as episodes, without a server
+    Collect(collect::Args),
+    /// Look at the logged episodes
+    Episodes(episodes::Args),
     /// Write the model with an adapter's change in its weights, as a folder that transformers loads
     Merge(merge::Args),
     /// Ask a server ten questions in ten languages and judge the answers
@@ -81,6 +88,8 @@ fn run(line: CommandLine) -> anyhow::Result<()> {
         Command::Serve => serve::run(&settings),
         Command::Generate(args) => generate::run(&args, &settings),
         Command::Train(args) => train::run(&args, &settings),
+        Command::Collect(args) => collect::run(&args, &settings),
+        Command::Episodes(args) => episodes::run(&args, &settings),
         Command::Merge(args) => merge::run(&args, &settings),
         Command::Smoke(args) => smoke::run(&args, settings),
         Command::Eval(args) => eval::run(&args, &settings),
@@ -111,16 +120,26 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 
 /// Writes a report where `--out` says, whole or not at all.
 fn write_report(path: &Path, text: &str) -> anyhow::Result<()> {
+    stream_report(path, |file| Ok(file.write_all(text.as_bytes())?))
+}
+
+/// Has a report written where `--out` says, whole or not at all.
+fn stream_report(
+    path: &Path,
+    write: impl FnOnce(&mut dyn io::Write) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let name = path.file_name().with_context(|| format!("--out {} is no file", path.display()))?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let made = folder.join(format!(".writing-{}-{}", uuid::Uuid::new_v4().simple(), name.display()));
-    let write = || {
-        write_file(&made, text.as_bytes())?;
+    let make = || {
+        let mut file = io::BufWriter::new(File::create(&made)?);
+        write(&mut file)?;
+        file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
         std::fs::rename(&made, path)?;
-        sync_folder(folder)
+        Ok(sync_folder(folder)?)
     };
-    write()
-        .inspect_err(|_| drop(std::fs::remove_file(&made)))
+    make()
+        .inspect_err(|_: &anyhow::Error| drop(std::fs::remove_file(&made)))
         .with_context(|| format!("--out {}", path.display()))
 }
 

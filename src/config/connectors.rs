@@ -1,15 +1,12 @@
 //! The sources that requests may name: `mcp_connectors.yml`. Reads one file of the configs folder and opens no
 //! source.
 
-use std::collections::BTreeMap;
-use std::fmt;
 use std::path::Path;
 
-use serde::de::{MapAccess, Visitor};
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
 
 use super::adapter::FieldError;
-use super::named;
+use super::named::{self, Named, is_name};
 use crate::data::SourceConfig;
 
 /// The connectors file inside the configs folder that is read when none is named.
@@ -18,7 +15,7 @@ pub const FILE_NAME: &str = "mcp_connectors.yml";
 /// Sources by their names.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Connectors {
-    sources: BTreeMap<String, SourceConfig>,
+    sources: Named<SourceConfig>,
     file: String,
 }
 
@@ -26,33 +23,7 @@ pub struct Connectors {
 #[serde(deny_unknown_fields)]
 struct Typed {
     #[serde(default)]
-    sources: Option<Named>,
-}
-
-/// A map in which no name comes twice; of two, one would be lost without a word.
-struct Named(BTreeMap<String, SourceConfig>);
-
-impl<'de> Deserialize<'de> for Named {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Sources;
-        impl<'de> Visitor<'de> for Sources {
-            type Value = BTreeMap<String, SourceConfig>;
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("sources by their names")
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut sources = BTreeMap::new();
-                while let Some(name) = map.next_key::<String>()? {
-                    if sources.contains_key(&name) {
-                        return Err(serde::de::Error::custom(format!("two sources are called {name}")));
-                    }
-                    sources.insert(name, map.next_value()?);
-                }
-                Ok(sources)
-            }
-        }
-        deserializer.deserialize_map(Sources).map(Self)
-    }
+    sources: Option<Named<SourceConfig>>,
 }
 
 impl Connectors {
@@ -67,12 +38,12 @@ impl Connectors {
         let Some(text) = named::read(configs_dir, FIELD, name)? else {
             return match file {
                 Some(_) => Err(named::missing(FIELD, name)),
-                None => Ok(Self { sources: BTreeMap::new(), file: name.to_owned() }),
+                None => Ok(Self { sources: Named::default(), file: name.to_owned() }),
             };
         };
         let typed: Option<Typed> =
             serde_yaml::from_str(&text).map_err(|error| named::unusable(FIELD, name, &error))?;
-        let sources = typed.and_then(|typed| typed.sources).map(|named| named.0).unwrap_or_default();
+        let sources = typed.and_then(|typed| typed.sources).unwrap_or_default();
         if let Some(source) = sources.keys().find(|source| !is_name(source)) {
             let why = format!(
                 "'{}' is no name for a source; use at most 64 letters, digits, '.', '-' and '_'",
@@ -106,11 +77,6 @@ impl Connectors {
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.sources.keys().map(String::as_str)
     }
-}
-
-fn is_name(name: &str) -> bool {
-    let fits = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
-    !name.is_empty() && name.len() <= 64 && name.bytes().all(fits)
 }
 
 #[cfg(test)]

@@ -84,7 +84,7 @@ fn what_is_wrong_is_named_with_source_and_line() {
         ("sources:\n  a: {type: nfs, path: x}\n", "nfs"),
         ("sources:\n  a b: {type: local, path: x}\n", "'a b' is no name"),
         ("sources:\n  '../a': {type: local, path: x}\n", "is no name"),
-        ("sources:\n  a: {type: local, path: x}\n  a: {type: local, path: y}\n", "two sources are called a"),
+        ("sources:\n  a: {type: local, path: x}\n  a: {type: local, path: y}\n", "two entries are called a"),
         ("sources: [1]\n", "sources"),
         ("source:\n", "unknown field `source`"),
         ("\t", "cannot be used"),

@@ -1,14 +1,68 @@
-//! Files of the configs folder that a request may name: a name stays a name, whatever it tries to be. Knows
-//! nothing of what is in them.
+//! Names that requests may say: of files of the configs folder, where a name stays a name whatever it tries to be,
+//! and of the entries in them. Knows nothing of what the entries are.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, Read as _};
+use std::marker::PhantomData;
+use std::ops::Deref;
 use std::path::{Component, Path, PathBuf};
+
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::adapter::FieldError;
 
 /// Bytes that such a file may have.
 const MAX_BYTES: u64 = 1 << 20;
+
+/// A map in which no name comes twice; of two, one would be lost without a word.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(transparent)]
+pub(super) struct Named<T>(BTreeMap<String, T>);
+
+impl<T> Default for Named<T> {
+    fn default() -> Self {
+        Self(BTreeMap::new())
+    }
+}
+
+impl<T> Deref for Named<T> {
+    type Target = BTreeMap<String, T>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Named<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Entries<T> {
+            type Value = BTreeMap<String, T>;
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("entries by their names")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut entries = BTreeMap::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if entries.contains_key(&name) {
+                        return Err(serde::de::Error::custom(format!("two entries are called {name}")));
+                    }
+                    entries.insert(name, map.next_value()?);
+                }
+                Ok(entries)
+            }
+        }
+        deserializer.deserialize_map(Entries(PhantomData)).map(Self)
+    }
+}
+
+/// Whether a text can be the name of an entry.
+pub(super) fn is_name(name: &str) -> bool {
+    let fits = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
+    !name.is_empty() && name.len() <= 64 && name.bytes().all(fits)
+}
 
 fn error(field: &str, message: impl Into<String>) -> FieldError {
     FieldError { field: field.to_owned(), message: message.into() }

@@ -52,6 +52,13 @@ pub struct PromptConfig {
     pub reference: Option<String>,
 }
 
+impl PromptConfig {
+    /// A prompt of which nothing else is known.
+    pub fn new(prompt: String) -> Self {
+        Self { prompt, language: None, reference: None }
+    }
+}
+
 /// Defaults and bounds of collecting.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -130,6 +137,7 @@ struct Typed {
     rewards: Option<RewardConfig>,
     log: Option<LogConfig>,
     sinks: Option<SinksConfig>,
+    default_sink: Option<String>,
     train: Option<RlTrainConfig>,
 }
 
@@ -178,7 +186,7 @@ fn resolve(typed: Typed) -> Result<RlConfig, FieldError> {
         collect: typed.collect.unwrap_or_default(),
         rewards: typed.rewards.unwrap_or_default(),
         log: typed.log.unwrap_or_default(),
-        sinks: typed.sinks.unwrap_or_default(),
+        sinks: typed.sinks.unwrap_or_default().with_default(typed.default_sink),
         train: typed.train.unwrap_or_default(),
     };
     check_prompts(&config.prompts)?;

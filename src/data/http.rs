@@ -20,15 +20,15 @@ const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
 
 /// How long to wait for a server, and how often to try again.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Patience {
+pub(crate) struct Patience {
     /// For a connection.
-    pub(super) connect: Duration,
+    pub(crate) connect: Duration,
     /// For the next bytes.
-    pub(super) idle: Duration,
+    pub(crate) idle: Duration,
     /// Attempts after the first, as long as no new byte comes.
-    pub(super) retries: u32,
+    pub(crate) retries: u32,
     /// Before the first of them; doubles with each.
-    pub(super) backoff: Duration,
+    pub(crate) backoff: Duration,
 }
 
 impl Default for Patience {
@@ -56,18 +56,7 @@ impl Fetcher {
         patience: Patience,
         stop: CancellationToken,
     ) -> Result<Self, String> {
-        let mut headers = HeaderMap::new();
-        for (header, variable) in headers_env {
-            let value = std::env::var(variable).map_err(|_| {
-                format!("headers_env: {header} needs the environment variable {variable}; set it")
-            })?;
-            let mut value = HeaderValue::from_str(value.trim())
-                .map_err(|_| format!("headers_env: {variable} holds characters that no header can have"))?;
-            value.set_sensitive(true);
-            let name = HeaderName::from_bytes(header.as_bytes())
-                .map_err(|_| format!("headers_env: '{header}' is no name of a header"))?;
-            headers.insert(name, value);
-        }
+        let headers = headers_from(headers_env)?;
         Ok(Self { headers, patience, stop })
     }
 
@@ -93,15 +82,39 @@ impl Fetcher {
     }
 }
 
+/// Headers with their values from the environment, which no message shows.
+///
+/// # Errors
+/// A variable that is not set or holds what no header can have.
+pub(crate) fn headers_from(headers_env: &BTreeMap<String, String>) -> Result<HeaderMap, String> {
+    let mut headers = HeaderMap::new();
+    for (header, variable) in headers_env {
+        let value = std::env::var(variable).map_err(|_| {
+            format!("headers_env: {header} needs the environment variable {variable}; set it")
+        })?;
+        let mut value = HeaderValue::from_str(value.trim())
+            .map_err(|_| format!("headers_env: {variable} holds characters that no header can have"))?;
+        value.set_sensitive(true);
+        let name = HeaderName::from_bytes(header.as_bytes())
+            .map_err(|_| format!("headers_env: '{header}' is no name of a header"))?;
+        headers.insert(name, value);
+    }
+    Ok(headers)
+}
+
 /// The address without its query, which may hold what is not for messages.
-fn shown(url: &Url) -> String {
+pub(crate) fn shown(url: &Url) -> String {
     let mut url = url.clone();
     url.set_query(None);
     url.set_fragment(None);
     url.into()
 }
 
-fn client(url: &Url, patience: Patience) -> Result<reqwest::Client, String> {
+/// A client for one address.
+///
+/// # Errors
+/// TLS cannot be set up.
+pub(crate) fn client(url: &Url, patience: Patience) -> Result<reqwest::Client, String> {
     // Fails when somebody installed a provider before, which then serves as well.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let mut headers = HeaderMap::new();
@@ -127,7 +140,7 @@ fn client(url: &Url, patience: Patience) -> Result<reqwest::Client, String> {
 }
 
 /// An error with its causes and without the address, whose query may hold what is not for messages.
-fn words(error: reqwest::Error) -> String {
+pub(crate) fn words(error: reqwest::Error) -> String {
     let error = error.without_url();
     let mut text = error.to_string();
     let mut cause = std::error::Error::source(&error);
@@ -377,7 +390,7 @@ fn judge(response: Response) -> Result<Response, Failure> {
     Err(Failure::Final(format!("{reason}{remedy}")))
 }
 
-fn number(response: &Response, header: &str) -> Option<u64> {
+pub(crate) fn number(response: &Response, header: &str) -> Option<u64> {
     response.headers().get(header)?.to_str().ok()?.trim().parse().ok()
 }
 

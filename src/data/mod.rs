@@ -2,9 +2,10 @@
 //! records are for.
 
 mod decode;
-mod http;
+pub(crate) mod http;
 pub mod hub;
 mod local;
+pub(crate) mod s3;
 mod source;
 mod stream;
 #[cfg(test)]
@@ -16,6 +17,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 pub use self::source::{FIELD_NAMES, Format, Location, SourceConfig, Template};
+pub(crate) use self::source::{check_header, check_url};
 pub use self::stream::{BadRows, Cursor, RecordStream};
 
 /// One record: a row, an object, a line of text.

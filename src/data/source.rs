@@ -238,7 +238,7 @@ fn location(typed: &Typed) -> Result<Location, String> {
 }
 
 /// Secrets belong into the environment: a source is kept in job files and shown in messages.
-fn check_url(text: &str) -> Result<(), String> {
+pub(crate) fn check_url(text: &str) -> Result<(), String> {
     let url = Url::parse(text).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
     let url = url.ok_or_else(|| format!("'{text}' is no http or https address"))?;
     if !url.username().is_empty() || url.password().is_some() {
@@ -255,7 +255,7 @@ fn check_url(text: &str) -> Result<(), String> {
 const OWN_HEADERS: [&str; 6] =
     ["accept-encoding", "content-length", "host", "if-range", "range", "transfer-encoding"];
 
-fn check_header(header: &str, variable: &str) -> Result<(), String> {
+pub(crate) fn check_header(header: &str, variable: &str) -> Result<(), String> {
     let name = HeaderName::from_bytes(header.as_bytes());
     let name = name.map_err(|_| format!("headers_env: '{header}' is no name of a header"))?;
     if OWN_HEADERS.contains(&name.as_str()) {

@@ -3,6 +3,7 @@
 //! thread.
 
 mod adapters;
+mod answer;
 pub mod command;
 pub mod detokenize;
 mod memory;
@@ -22,6 +23,7 @@ use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot};
 
+pub use answer::{Answer, AnswerToken};
 use command::Command;
 pub use command::{
     AdapterHandle, Event, FinishReason, GenerateRequest, Generation, LoadAdapter, PositionLogprobs, Sampling,

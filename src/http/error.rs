@@ -15,6 +15,8 @@ use crate::engine::EngineError;
 use crate::jobs::JobsError;
 use crate::model::chat_template::ChatTemplateError;
 use crate::model::tokenizer::TokenizerError;
+use crate::rl::outbox::OutboxError;
+use crate::rl::{CollectError, LogError};
 use crate::train::TrainError;
 
 /// Seconds after which a client may come back where nothing better is known.
@@ -105,6 +107,18 @@ impl ApiError {
             message: "the server failed; its log has the reason beside this answer's x-request-id".into(),
             param: None,
             code: "internal_error",
+            retry_after_s: None,
+        }
+    }
+
+    /// 507: the disk is full, and nothing of the request was stored.
+    fn storage_full(message: String) -> Self {
+        Self {
+            status: StatusCode::INSUFFICIENT_STORAGE,
+            kind: ErrorType::ServiceUnavailableError,
+            message,
+            param: None,
+            code: "storage_full",
             retry_after_s: None,
         }
     }
@@ -248,6 +262,12 @@ impl From<JobsError> for ApiError {
             JobsError::FileInUse { .. } => {
                 Self::new(StatusCode::CONFLICT, "file_in_use", message).param("file_id")
             }
+            JobsError::PromiseNotFound { .. } => {
+                Self::not_found("upload_not_found", message).param("upload_id")
+            }
+            JobsError::NotRefused { .. } => {
+                Self::new(StatusCode::CONFLICT, "upload_state", message).param("upload_id")
+            }
             JobsError::Store(reason) => {
                 tracing::error!(%reason, "the job store failed");
                 Self::unavailable(
@@ -256,6 +276,41 @@ impl From<JobsError> for ApiError {
                 )
             }
             JobsError::Stopping => Self::unavailable("shutting_down", message),
+        }
+    }
+}
+
+impl From<CollectError> for ApiError {
+    fn from(error: CollectError) -> Self {
+        match error {
+            CollectError::Field(error) => error.into(),
+            CollectError::Adapter(error) => error.into(),
+            CollectError::Engine(error) => error.into(),
+            CollectError::Tokenizer(error) => error.into(),
+            CollectError::Log(LogError::Name(invalid)) => Self::invalid("run_id", invalid),
+            // Whoever reads this has the disk's reason; the log was told it where it happened.
+            CollectError::Log(error @ LogError::Full(_)) => Self::storage_full(error.to_string()),
+            CollectError::Log(error @ LogError::Io(_)) => {
+                Self::unavailable("episode_log_failed", error.to_string())
+            }
+            CollectError::Read(_) => Self::internal(error),
+        }
+    }
+}
+
+impl From<OutboxError> for ApiError {
+    fn from(error: OutboxError) -> Self {
+        match error {
+            OutboxError::Store(error) => error.into(),
+            OutboxError::Empty => Self::invalid("upload", "has no content"),
+            OutboxError::Seal { source, .. } => {
+                tracing::error!(reason = %source, "an upload cannot be sealed");
+                let message = format!(
+                    "the upload cannot be kept until it is sent: {source}; the server's data folder must be writable \
+                     and have room"
+                );
+                Self::storage_full(message)
+            }
         }
     }
 }
@@ -325,6 +380,18 @@ mod tests {
         let secret = TrainError::Io { what: "/root/x".into(), source: std::io::Error::other("SECRET") };
         let body = serde_json::to_string(&ApiError::from(secret).body()).expect("the envelope is JSON");
         assert!(!body.contains("SECRET") && !body.contains("/root/x"), "{body}");
+    }
+
+    #[test]
+    fn a_full_disk_is_told_from_one_that_fails() {
+        let of = |error: LogError| {
+            let error = ApiError::from(CollectError::Log(error));
+            (error.status().as_u16(), error.code(), error.message.clone())
+        };
+        let (status, code, message) = of(LogError::Full("No space left on device".into()));
+        assert_eq!((status, code), (507, "storage_full"));
+        assert!(message.contains("make room"), "{message}");
+        assert_eq!(of(LogError::Io("Input/output error".into())).0, 503);
     }
 
     #[test]

@@ -142,8 +142,19 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
         return Err(ApiError::new(StatusCode::BAD_REQUEST, "invalid_type", message));
     }
     let mut deserializer = serde_json::Deserializer::from_str(text);
-    let value = serde_path_to_error::deserialize(&mut deserializer)
-        .map_err(|error| if error.inner().is_data() { of_data(&error) } else { syntax(error.inner()) })?;
+    let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
+        if error.inner().is_data() {
+            return of_data(&error);
+        }
+        // A number beyond all numbers or half a surrogate pair stands in some field.
+        match error.path().to_string().as_str() {
+            "." | "?" => syntax(error.inner()),
+            path => {
+                let message = format!("the body is not valid JSON at {path}: {}", error.inner());
+                ApiError::new(StatusCode::BAD_REQUEST, "invalid_json", message).param(path)
+            }
+        }
+    })?;
     deserializer.end().map_err(|error| syntax(&error))?;
     Ok(value)
 }

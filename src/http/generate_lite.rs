@@ -15,8 +15,7 @@ use super::error::ApiError;
 use super::extract::ApiJson;
 use super::fields::{MAX_TOP_LOGPROBS, OneOrMany, SamplingFields, in_range, stops};
 use super::generation::{
-    Answer, AnswerToken, ContextFields, MaxTokens, collect, encode, finish_reason, finite, max_new_tokens,
-    token_text,
+    Answer, AnswerToken, ContextFields, MaxTokens, collect, encode, finite, max_new_tokens, token_text,
 };
 use super::openapi::GenerationErrors;
 use super::sse::{self, Frames};
@@ -346,7 +345,7 @@ impl Job {
             language: self.language.map(|language| language.code()),
             adapter: self.adapter.as_ref().map(|adapter| adapter.name.clone()),
             adapter_generation: self.adapter.as_ref().map(|adapter| adapter.generation),
-            finish_reason: finish_reason(reason),
+            finish_reason: reason.as_str(),
             usage: LiteUsage {
                 prompt_tokens: usage.prompt_tokens,
                 completion_tokens: usage.completion_tokens,

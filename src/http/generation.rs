@@ -1,7 +1,8 @@
 //! What the generating endpoints do alike: prompt text to tokens, room in the context, a running request to a
 //! whole answer, tokens as texts. It must not know how any one API words its answers.
 
-use crate::engine::{Event, FinishReason, Generation, PositionLogprobs, Usage};
+pub(super) use crate::engine::{Answer, AnswerToken};
+use crate::engine::{Generation, Usage};
 use crate::metrics;
 use crate::model::tokenizer::{AddSpecial, Special, Tokenizer};
 
@@ -27,28 +28,6 @@ pub(super) enum MaxTokens {
     Exactly(i64),
     /// This many, or what is left of the context where that is less.
     AtMost(usize),
-}
-
-/// A whole answer.
-#[derive(Debug)]
-pub(super) struct Answer {
-    /// Its text.
-    pub(super) text: String,
-    /// Every token generated, the end token included.
-    pub(super) tokens: Vec<AnswerToken>,
-    /// Why it ended.
-    pub(super) reason: FinishReason,
-    /// Counts and times.
-    pub(super) usage: Usage,
-}
-
-/// One generated token.
-#[derive(Debug)]
-pub(super) struct AnswerToken {
-    /// Its id.
-    pub(super) id: u32,
-    /// Present when asked for.
-    pub(super) logprobs: Option<PositionLogprobs>,
 }
 
 /// Tokens of a text, which `field` brought.
@@ -129,37 +108,15 @@ fn room_for(
 }
 
 /// Waits for the end of an answer. Dropping the future cancels the request.
-pub(super) async fn collect(mut generation: Generation) -> Result<Answer, ApiError> {
-    let mut text = String::new();
-    let mut tokens = Vec::new();
-    while let Some(event) = generation.events.recv().await {
-        match event {
-            Event::Token { token, text: piece, logprobs } => {
-                text.push_str(&piece);
-                tokens.push(AnswerToken { id: token, logprobs });
-            }
-            Event::Finished { text: rest, reason, usage } => {
-                text.push_str(&rest);
-                observe(&usage);
-                return Ok(Answer { text, tokens, reason, usage });
-            }
-            Event::Failed(error) => return Err(error.into()),
-        }
-    }
-    Err(crate::engine::EngineError::Stopped.into())
+pub(super) async fn collect(generation: Generation) -> Result<Answer, ApiError> {
+    let answer = generation.answer().await?;
+    observe(&answer.usage);
+    Ok(answer)
 }
 
 /// Puts the times of a finished answer into the metrics.
 pub(super) fn observe(usage: &Usage) {
     metrics::answer_finished(usage.queue_ms / 1e3, usage.first_token_ms / 1e3, usage.total_ms / 1e3);
-}
-
-/// The word for the reason, which all the APIs share.
-pub(super) fn finish_reason(reason: FinishReason) -> &'static str {
-    match reason {
-        FinishReason::Stop => "stop",
-        FinishReason::Length => "length",
-    }
 }
 
 /// A log-probability that JSON can say: it has no word for the logarithm of 0.

@@ -1,4 +1,4 @@
-//! The jobs that train adapters: their state, their logs, their list; ending one and letting one go on.
+//! The jobs that train adapters or collect episodes: their state, their logs, their list; ending one and letting one go on.
 
 use axum::Json;
 use axum::extract::rejection::PathRejection;
@@ -11,6 +11,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::error::{ApiError, ErrorBody};
 use super::extract::{ApiQuery, path_text};
 use super::fields::in_range;
+use super::rl_collect::COLLECT_KIND;
 use super::state::AppState;
 use crate::engine::training::TrainingPlan;
 use crate::jobs::{Job, JobFilter, JobState, Level, LogLine, LogPage, rfc3339};
@@ -24,6 +25,9 @@ const MAX_PAGE: i64 = 1000;
 pub(super) struct JobStatus {
     /// Of the job.
     job_id: String,
+    /// What it does: `train` or `collect`.
+    #[schema(example = "train")]
+    kind: String,
     /// Where it stands.
     status: JobState,
     /// How much is done, 0 to 1.
@@ -38,8 +42,11 @@ pub(super) struct JobStatus {
     completed_at: Option<String>,
     /// Why it failed.
     error: Option<String>,
-    /// Name of the adapter that it makes.
-    adapter_name: String,
+    /// Name of the adapter that it makes, or that it samples from; null is the base model.
+    adapter_name: Option<String>,
+    /// The run that it collects episodes into.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    run_id: Option<String>,
     /// Generation that the finished adapter is served with.
     adapter_generation: Option<u64>,
     /// Name of the source.
@@ -58,6 +65,10 @@ pub(super) struct JobStatus {
 
 impl From<Job> for JobStatus {
     fn from(job: Job) -> Self {
+        let adapter_name = match job.kind.as_str() {
+            COLLECT_KIND => job.spec["adapter"].as_str().map(str::to_owned),
+            _ => Some(job.name),
+        };
         Self {
             source: job.spec["source_name"].as_str().map(str::to_owned),
             adapter_generation: job.result["generation"].as_u64(),
@@ -69,7 +80,9 @@ impl From<Job> for JobStatus {
             started_at: job.started_ms.map(rfc3339),
             completed_at: job.finished_ms.map(rfc3339),
             error: job.error,
-            adapter_name: job.name,
+            adapter_name,
+            run_id: job.spec["run_id"].as_str().map(str::to_owned),
+            kind: job.kind,
             metrics: figures(job.progress),
             plan: job.plan,
             checkpoint_step: job.checkpoint_step,

@@ -1,13 +1,14 @@
 //! `GET /metrics`: Prometheus text. What requests leave behind is counted as they go; what the engine knows is
-//! read from its last snapshot when somebody asks, and what the jobs are at from their store.
+//! read from its last snapshot when somebody asks, and what jobs and uploads are at from their store.
 
 use axum::extract::State;
 use axum::http::header;
 use axum::response::IntoResponse;
 
 use super::health::resident_set_bytes;
-use super::state::AppState;
-use crate::jobs::{Counts, JobFilter, JobState, JobsError};
+use super::rl_collect::COLLECT_KIND;
+use super::state::{AppState, unix_now_s};
+use crate::jobs::{Counts, JobFilter, JobState, JobsError, PromiseCounts};
 use crate::metrics::{self, EngineSnapshot, RunningJob};
 
 /// Metrics
@@ -49,8 +50,18 @@ pub(super) async fn render(State(state): State<AppState>) -> impl IntoResponse {
             Vec::new()
         }
     };
+    match state.uploads.counts().await {
+        Ok(counts) => uploads(counts),
+        Err(error) => tracing::error!(%error, "the metrics are without the uploads"),
+    }
     let text = state.prometheus.render() + &metrics::running_jobs(&running);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
+}
+
+fn uploads(PromiseCounts { pending, done, failed, oldest_pending_ms }: PromiseCounts) {
+    let now_ms = unix_now_s().saturating_mul(1000) as i64;
+    let age_s = oldest_pending_ms.map_or(0.0, |oldest| (now_ms - oldest).max(0) as f64 / 1000.0);
+    metrics::uploads([("pending", pending), ("done", done), ("failed", failed)], age_s);
 }
 
 /// Shows how many jobs there are, and returns those that run.
@@ -66,7 +77,9 @@ async fn jobs(state: &AppState) -> Result<Vec<RunningJob>, JobsError> {
     let filter = JobFilter { status: Some(JobState::Running), ..JobFilter::default() };
     let limit = u32::try_from(state.jobs.max_parallel()).unwrap_or(u32::MAX);
     let running = state.jobs.list(filter, limit).await?;
-    let figures = running.into_iter().map(|job| RunningJob {
+    // What collects makes no adapter.
+    let training = running.into_iter().filter(|job| job.kind != COLLECT_KIND);
+    let figures = training.map(|job| RunningJob {
         tokens_per_s: job.progress["tokens_per_s"].as_f64(),
         step: job.progress["step"].as_f64(),
         total_steps: job.progress["total_steps"].as_f64(),

@@ -18,6 +18,8 @@ mod metrics;
 mod middleware;
 mod openai;
 mod openapi;
+mod rl_collect;
+mod rl_uploads;
 mod sse;
 mod state;
 mod train;
@@ -30,6 +32,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 pub use error::{ApiError, ErrorBody, ErrorDetail, ErrorType};
+pub use rl_collect::COLLECT_KIND;
 pub use state::{AppState, GenerationDefaults, HttpSettings};
 pub use train::TRAIN_KIND;
 
@@ -57,6 +60,10 @@ fn table() -> OpenApiRouter<AppState> {
         .routes(routes!(job_events::events))
         .routes(routes!(jobs::cancel))
         .routes(routes!(jobs::resume))
+        .routes(routes!(rl_collect::collect))
+        .routes(routes!(rl_uploads::list))
+        .routes(routes!(rl_uploads::get))
+        .routes(routes!(rl_uploads::retry))
         .routes(routes!(adapters::list))
         .routes(routes!(adapters::get, adapters::delete))
         .routes(routes!(health::health))
@@ -124,9 +131,13 @@ mod tests {
             ("/v1/fine_tuning/jobs/{fine_tuning_job_id}/cancel", "post"),
             ("/v1/fine_tuning/jobs/{fine_tuning_job_id}/events", "get"),
             ("/v1/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints", "get"),
+            ("/rl/uploads", "get"),
+            ("/rl/uploads/{upload_id}", "get"),
+            ("/rl/uploads/{upload_id}/retry", "post"),
             ("/adapter/list", "get"),
             ("/adapter/{name}", "get"),
             ("/adapter/{name}", "delete"),
+            ("/rl/collect", "post"),
             ("/health", "get"),
             ("/metrics", "get"),
             ("/", "get"),
@@ -136,7 +147,9 @@ mod tests {
             ("/v1/chat/completions", "post"),
         ] {
             let operation = &document["paths"][path][method];
-            let accepts = ["/adapter/train-lite", "/adapter/resume/{job_id}"].contains(&path);
+            let accepts =
+                ["/adapter/train-lite", "/adapter/resume/{job_id}", "/rl/uploads/{upload_id}/retry"]
+                    .contains(&path);
             let good = if accepts { "202" } else { "200" };
             assert!(operation["responses"][good].is_object(), "{method} {path}");
             if operation["tags"][0] == "generate" || path.ends_with("completions") {
@@ -166,6 +179,9 @@ mod tests {
             ("/adapter/status/{job_id}", "get", &["404", "503"]),
             ("/adapter/cancel/{job_id}", "post", &["404", "409", "503"]),
             ("/adapter/resume/{job_id}", "post", &["404", "409", "503"]),
+            ("/rl/collect", "post", &["400", "404", "409", "413", "415", "422", "503", "507"]),
+            ("/rl/uploads", "get", &["400", "404", "503"]),
+            ("/rl/uploads/{upload_id}/retry", "post", &["404", "409", "503"]),
             ("/v1/files", "post", &["400", "413", "415", "503"]),
             ("/v1/files/{file_id}", "delete", &["404", "409"]),
             ("/v1/fine_tuning/jobs", "post", &["400", "404", "413", "415", "422", "503"]),

@@ -27,6 +27,7 @@ use super::state::AppState;
         (name = "openai", description = "Compatible with OpenAI's clients"),
         (name = "adapters", description = "LoRA adapters"),
         (name = "training", description = "Jobs that train adapters"),
+        (name = "rl", description = "Episodes: collected, uploaded and learnt from"),
         (name = "server", description = "The server itself"),
     ),
     components(schemas(super::generate_lite::TokenEvent, super::openai::chat_wire::ContentPart)),

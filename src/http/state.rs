@@ -10,6 +10,8 @@ use crate::adapters;
 use crate::engine::EngineHandle;
 use crate::jobs::Jobs;
 use crate::model::tokenizer::Tokenizer;
+use crate::rl::Collector;
+use crate::rl::outbox::Outbox;
 use crate::train;
 
 /// State of the routes.
@@ -23,8 +25,12 @@ pub struct AppState {
     pub adapters: Arc<adapters::Registry>,
     /// Training jobs.
     pub jobs: Jobs,
+    /// Uploads of episodes.
+    pub uploads: Outbox,
     /// What training jobs work with, to check one before it is accepted.
     pub training: Arc<train::Context>,
+    /// Collects and logs episodes.
+    pub collector: Collector,
     /// Resolved settings of this surface.
     pub settings: Arc<HttpSettings>,
     /// Renders what `/metrics` answers.

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! data_dir/
-//!   gurukul.db        jobs, their logs and figures, uploaded files
+//!   gurukul.db        jobs, their logs and figures, uploaded files, promised deliveries
 //!   gurukul.lock      held by the one process that uses the folder
 //!   jobs/{id}/        what a job keeps while it runs and after; removed when the job is forgotten
 //!   files/{id}.jsonl  uploads
@@ -12,6 +12,7 @@
 mod files;
 mod history;
 mod lifecycle;
+mod promises;
 mod runner;
 mod store;
 mod writer;
@@ -26,6 +27,7 @@ use serde_json::Value;
 pub use files::{Files, Upload, UploadedFile};
 pub use history::{Event, EventCursor, LogLine, LogPage, Point};
 pub use lifecycle::{Counts, Job, JobFilter, JobState, NewJob};
+pub use promises::{NewPromise, Promise, PromiseCounts, PromiseState, Promises};
 pub use runner::{JobHandle, Jobs, Settings, Watch};
 pub use store::{OpenError, Store};
 
@@ -84,9 +86,7 @@ pub enum JobsError {
         id: String,
     },
     /// Another job that is not through has the name.
-    #[error(
-        "the job {job} is making an adapter named {name:?} already; wait for it, cancel it, or choose another name"
-    )]
+    #[error("the job {job} is making {name:?} already; wait for it, cancel it, or choose another name")]
     NameTaken {
         /// The name.
         name: String,
@@ -114,6 +114,20 @@ pub enum JobsError {
         id: String,
         /// The job.
         job: String,
+    },
+    /// No such promised delivery.
+    #[error("there is no upload {id}; GET /rl/uploads lists those there are")]
+    PromiseNotFound {
+        /// As asked for, shortened.
+        id: String,
+    },
+    /// It was not refused.
+    #[error("the upload {id} is {state}; only a failed one can be tried again")]
+    NotRefused {
+        /// The promise.
+        id: String,
+        /// Where it stands.
+        state: &'static str,
     },
     /// The database or the disk refused; nothing was changed.
     #[error("the job store failed: {0}")]

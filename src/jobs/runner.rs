@@ -19,6 +19,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use super::files::Files;
 use super::history::{Entry, Event, EventCursor, LogPage, Point};
 use super::lifecycle::{Cancelled, Counts, Job, JobFilter, NewJob};
+use super::promises::Promises;
 use super::store::{OpenError, Store};
 use super::writer::{self, Message};
 use super::{JobsError, Level, Outcome, Stop, Work, is_job_id, now_ms};
@@ -48,6 +49,7 @@ pub struct Jobs {
 struct Shared {
     store: Arc<Store>,
     files: Files,
+    promises: Promises,
     settings: Settings,
     /// Held while a job changes its state, so that memory and store agree.
     turn: tokio::sync::Mutex<()>,
@@ -147,6 +149,7 @@ impl Jobs {
         let store = Arc::new(Store::open(&settings.data_dir).await?);
         let files = Files::open(settings.data_dir.join("files"), store.clone()).await?;
         let shared = Shared {
+            promises: Promises::new(store.clone()),
             store,
             files,
             settings,
@@ -215,6 +218,11 @@ impl Jobs {
     /// Uploaded files.
     pub fn files(&self) -> &Files {
         &self.shared.files
+    }
+
+    /// Promised deliveries.
+    pub fn promises(&self) -> Promises {
+        self.shared.promises.clone()
     }
 
     /// Jobs that run at once.

@@ -1,5 +1,5 @@
 //! The database file: how it is opened, checked and brought to the present schema. What is asked of it is in
-//! `lifecycle` (jobs), `history` (logs and figures) and `files` (uploads).
+//! `lifecycle` (jobs), `history` (logs and figures), `files` (what clients sent) and `promises` (what is sent elsewhere).
 
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -23,7 +23,9 @@ const CONNECTIONS: u32 = 4;
 
 /// The steps from an empty file to the present schema; `PRAGMA user_version` counts those that were taken. A step
 /// that was released is never changed.
-const SCHEMA: [&str; 1] = ["
+const SCHEMA: [&str; 2] = [FIRST, UPLOADS];
+
+const FIRST: &str = "
     CREATE TABLE jobs (
         number INTEGER PRIMARY KEY AUTOINCREMENT,
         id TEXT NOT NULL UNIQUE,
@@ -71,7 +73,28 @@ const SCHEMA: [&str; 1] = ["
         records INTEGER NOT NULL,
         created_ms INTEGER NOT NULL
     ) STRICT;
-"];
+";
+
+const UPLOADS: &str = "
+    CREATE TABLE uploads (
+        number INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        sink TEXT NOT NULL,
+        target TEXT,
+        run TEXT NOT NULL,
+        key TEXT NOT NULL,
+        sha256 TEXT NOT NULL,
+        bytes INTEGER NOT NULL,
+        state TEXT NOT NULL CHECK (state IN ('pending', 'done', 'failed')),
+        attempts INTEGER NOT NULL DEFAULT 0,
+        error TEXT,
+        created_ms INTEGER NOT NULL,
+        next_ms INTEGER NOT NULL,
+        ended_ms INTEGER
+    ) STRICT;
+    CREATE INDEX uploads_in_turn ON uploads (state, sink, next_ms, number);
+    CREATE INDEX uploads_by_content ON uploads (sha256);
+";
 
 /// Why the database cannot be used, with the remedy.
 #[derive(Debug, thiserror::Error)]

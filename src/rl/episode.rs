@@ -49,6 +49,16 @@ pub enum EpisodeSource {
     Given,
 }
 
+impl EpisodeSource {
+    /// As it is stored.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Generated => "generated",
+            Self::Given => "given",
+        }
+    }
+}
+
 /// What else is known of an episode.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EpisodeMeta {
@@ -91,6 +101,28 @@ pub struct EpisodeMeta {
     pub extra: Map<String, Value>,
 }
 
+impl EpisodeMeta {
+    /// Of an episode of which nothing else is known.
+    pub fn new(source: EpisodeSource) -> Self {
+        Self {
+            source,
+            language: None,
+            base_model: None,
+            adapter: None,
+            adapter_generation: None,
+            rewards: BTreeMap::new(),
+            reward_error: None,
+            reference: None,
+            finish_reason: None,
+            prompt_token_ids: None,
+            token_ids: None,
+            logprobs: None,
+            sampling: None,
+            extra: Map::new(),
+        }
+    }
+}
+
 /// How the tokens of an episode were chosen: enough to sample the same answer again.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -107,8 +139,17 @@ pub struct SamplingMeta {
     pub max_new_tokens: u64,
     /// Seed of the episode's own random stream.
     pub seed: u64,
-    /// Which of the streams of that seed.
-    pub stream: u64,
+}
+
+/// Episodes as they stand in the log, one line each.
+pub fn lines(episodes: &[Episode]) -> Vec<u8> {
+    let mut lines = Vec::new();
+    for episode in episodes {
+        serde_json::to_writer(&mut lines, episode)
+            .expect("an episode has no map with keys that are no texts");
+        lines.push(b'\n');
+    }
+    lines
 }
 
 /// A name that cannot be a run's or an environment's.

@@ -7,12 +7,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gurukul::adapters::Registry;
+use gurukul::config::rl_sinks::SinksConfig;
 use gurukul::engine::{EngineConfig, EngineHandle};
 use gurukul::http::{AppState, HttpSettings, TRAIN_KIND, router};
 use gurukul::jobs::{self, Jobs, Work};
 use gurukul::model::load::{DeviceChoice, DtypeChoice};
 use gurukul::model::tokenizer::Tokenizer;
 use gurukul::nn::quant::Quantization;
+use gurukul::rl::outbox::{Outbox, Patience};
+use gurukul::rl::{Collector, EpisodeLog};
 use gurukul::train::Context;
 use serde_json::Value;
 
@@ -88,8 +91,21 @@ impl Server {
         let adapters = Arc::new(Registry::new(adapters, engine.clone()));
         let jobs = jobs::Settings { data_dir: data.path().to_owned(), max_parallel: 1, keep_ended: 100 };
         let jobs = Jobs::open(jobs).await.expect("the store can be opened");
+        let log = EpisodeLog::open(&data.path().join("rl_runs"), 1 << 20).expect("the log can be opened");
+        let collector = Collector::new(
+            engine.clone(),
+            tokenizer.clone(),
+            adapters.clone(),
+            MODEL.to_owned(),
+            Arc::default(),
+            log,
+        );
+        let collector = collector.expect("the default rewards can be had");
         let kinds = training.map(|work| BTreeMap::from([(TRAIN_KIND, work)])).unwrap_or_default();
         jobs.start(kinds).await.expect("the store can be read");
+        let uploads = Outbox::open(data.path(), jobs.promises(), SinksConfig::default(), Patience::default());
+        let uploads = uploads.await.expect("the outbox can be opened");
+        uploads.start();
         let training = Context {
             engine: engine.clone(),
             tokenizer: tokenizer.clone(),
@@ -108,7 +124,9 @@ impl Server {
             engine,
             tokenizer,
             jobs,
+            uploads,
             training: Arc::new(training),
+            collector,
             settings: Arc::new(settings),
             prometheus: gurukul::metrics::install().expect("metrics can be recorded"),
             started: Instant::now(),
@@ -152,6 +170,7 @@ impl Server {
     /// Ends the server as the program does, and gives its data folder back.
     pub(crate) async fn stop(self) -> Arc<tempfile::TempDir> {
         let (jobs, data) = (self.state.jobs.clone(), self.data.clone());
+        self.state.uploads.shutdown(Duration::from_secs(20)).await;
         jobs.shutdown(Duration::from_secs(20)).await;
         drop(self);
         jobs.close().await;

@@ -13,7 +13,7 @@ use super::super::error::ApiError;
 use super::super::extract::ApiJson;
 use super::super::fields::{MAX_TOP_LOGPROBS, OneOrMany, SamplingFields, in_range, stops};
 use super::super::generation::{
-    ContextFields, MaxTokens, check_prompt_bytes, collect, finish_reason, finite, off_thread, token_text,
+    ContextFields, MaxTokens, check_prompt_bytes, collect, finite, off_thread, token_text,
 };
 use super::super::openapi::GenerationErrors;
 use super::super::sse::{self, Frames};
@@ -91,7 +91,7 @@ pub(in crate::http) async fn create(
         let positions = answer.tokens.iter().filter_map(|t| Some((t.id, t.logprobs.as_ref()?)));
         let logprobs = top_logprobs.map(|_| chat_logprobs(&state, positions)).transpose()?;
         let message = AnswerMessage { role: "assistant", content: answer.text, refusal: () };
-        choices.push(ChatChoice { index, message, logprobs, finish_reason: finish_reason(answer.reason) });
+        choices.push(ChatChoice { index, message, logprobs, finish_reason: answer.reason.as_str() });
     }
     let Head { id, created, model } = head;
     Ok(Json(ChatCompletion { id, object: "chat.completion", created, model, choices, usage }).into_response())
@@ -269,7 +269,7 @@ impl Frames for ChunkFrames {
     ) -> Vec<Frame> {
         self.usage.add(choice, self.n, &usage);
         let delta = Delta { role: None, content: (!text.is_empty()).then_some(text) };
-        let finish_reason = Some(finish_reason(reason));
+        let finish_reason = Some(reason.as_str());
         vec![self.chunk(vec![ChunkChoice { index: choice, delta, logprobs: None, finish_reason }], None)]
     }
 

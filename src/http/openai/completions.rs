@@ -13,8 +13,7 @@ use super::super::error::ApiError;
 use super::super::extract::ApiJson;
 use super::super::fields::{MAX_TOP_LOGPROBS, OneOrMany, Prompts, SamplingFields, in_range, stops};
 use super::super::generation::{
-    ContextFields, MaxTokens, check_prompt_bytes, collect, encode, finish_reason, finite, off_thread,
-    token_text,
+    ContextFields, MaxTokens, check_prompt_bytes, collect, encode, finite, off_thread, token_text,
 };
 use super::super::openapi::GenerationErrors;
 use super::super::sse::{self, Frames};
@@ -222,7 +221,7 @@ pub(in crate::http) async fn create(
             }
         }
         let text = writer.echo(index) + &answer.text;
-        let finish_reason = Some(finish_reason(answer.reason));
+        let finish_reason = Some(answer.reason.as_str());
         choices.push(CompletionChoice { index, text, logprobs, finish_reason });
     }
     Ok(Json(writer.body(choices, Some(usage))).into_response())
@@ -364,7 +363,7 @@ impl Frames for ChunkFrames {
         usage: EngineUsage,
     ) -> Vec<Frame> {
         self.usage.add(choice, self.writer.n, &usage);
-        vec![self.chunk(choice, text, None, Some(finish_reason(reason)))]
+        vec![self.chunk(choice, text, None, Some(reason.as_str()))]
     }
 
     fn close(&mut self) -> Vec<Frame> {

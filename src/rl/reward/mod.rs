@@ -4,6 +4,7 @@
 //! A new part is a file here, a variant of [`Part`], and its settings in `config/rl_reward.rs`.
 
 mod diversity;
+mod http;
 mod language;
 mod length;
 mod quality;
@@ -13,6 +14,7 @@ mod words;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use futures::future::join_all;
 use regex::Regex;
 
 use crate::config::adapter::FieldError;
@@ -52,6 +54,9 @@ pub enum RewardError {
          part a weight"
     )]
     NoPart,
+    /// The service that judges answers could not be asked, or said what is no reward.
+    #[error("the reward service failed: {0}")]
+    Service(String),
 }
 
 /// What a part does.
@@ -63,6 +68,7 @@ enum Part {
     Chrf,
     ExactMatch,
     Regex(Regex),
+    Http(Box<http::Service>),
 }
 
 /// A part, and how much it counts.
@@ -86,64 +92,98 @@ impl Rewarder {
     pub fn new(config: &RewardConfig) -> Result<Self, FieldError> {
         config.check()?;
         let mut parts = Vec::new();
-        for (name, weight) in config.weights() {
+        let mut add = |name, weight: f64, part: &dyn Fn() -> Result<Part, FieldError>| {
             if weight > 0.0 {
-                parts.push(Weighted { name, weight, part: Part::new(name, config)? });
+                parts.push(Weighted { name, weight, part: part()? });
             }
-        }
+            Ok::<(), FieldError>(())
+        };
+        let RewardConfig { length, quality, diversity, language, chrf, exact_match, regex, http } = config;
+        add("length", length.weight, &|| Ok(Part::Length(length::Band::new(length))))?;
+        add("quality", quality.weight, &|| Ok(Part::Quality))?;
+        add("diversity", diversity.weight, &|| Ok(Part::Diversity))?;
+        let judge = || language::Judge { unreliable: language.unreliable };
+        add("language", language.weight, &|| Ok(Part::Language(judge())))?;
+        add("chrf", chrf.weight, &|| Ok(Part::Chrf))?;
+        add("exact_match", exact_match.weight, &|| Ok(Part::ExactMatch))?;
+        add("regex", regex.weight, &|| pattern(&regex.pattern).map(Part::Regex))?;
+        add("http", http.weight, &|| http::Service::new(http).map(|service| Part::Http(Box::new(service))))?;
         Ok(Self { parts: Arc::new(parts) })
     }
 
     /// Rewards the answers to one prompt, which `diversity` compares; as many results as answers.
     pub async fn group(&self, group: &[Sample<'_>]) -> Vec<Result<Reward, RewardError>> {
-        let mut rewards: Vec<BTreeMap<String, f64>> = vec![BTreeMap::new(); group.len()];
-        let mut sums = vec![(0.0, 0.0); group.len()];
+        let mut earned: Vec<Result<Earned, RewardError>> =
+            group.iter().map(|_| Ok(Earned::default())).collect();
         for Weighted { name, weight, part } in self.parts.iter() {
-            for ((value, parts), sum) in part.of(group).into_iter().zip(&mut rewards).zip(&mut sums) {
-                let Some(value) = value else { continue };
-                parts.insert((*name).to_owned(), value);
-                *sum = (sum.0 + weight * value, sum.1 + weight);
+            for (earned, value) in earned.iter_mut().zip(part.of(group).await) {
+                match value {
+                    Ok(None) => {}
+                    Ok(Some(value)) => {
+                        if let Ok(earned) = earned {
+                            earned.add(name, *weight, value);
+                        }
+                    }
+                    // One part that cannot be had leaves no reward: a mean of the others would be another measure.
+                    Err(error) => *earned = Err(error),
+                }
             }
         }
-        let total = |(parts, (sum, weights)): (BTreeMap<String, f64>, (f64, f64))| match parts.is_empty() {
-            true => Err(RewardError::NoPart),
-            // Rounding may leave the mean of ones a little above 1.
-            false => Ok(Reward { total: (sum / weights).clamp(0.0, 1.0), parts }),
-        };
-        rewards.into_iter().zip(sums).map(total).collect()
+        earned.into_iter().map(|earned| earned?.reward()).collect()
     }
 }
 
-impl Part {
-    fn new(name: &str, config: &RewardConfig) -> Result<Self, FieldError> {
-        Ok(match name {
-            "length" => Self::Length(length::Band::new(&config.length)),
-            "quality" => Self::Quality,
-            "diversity" => Self::Diversity,
-            "language" => Self::Language(language::Judge { unreliable: config.language.unreliable }),
-            "chrf" => Self::Chrf,
-            "exact_match" => Self::ExactMatch,
-            "regex" => Self::Regex(Regex::new(&config.regex.pattern).map_err(|error| FieldError {
-                field: "rewards.regex.pattern".into(),
-                message: format!("is no pattern: {error}"),
-            })?),
-            _ => unreachable!("RewardConfig::weights names the parts that are here"),
-        })
+/// Sums of one answer.
+#[derive(Default)]
+struct Earned {
+    parts: BTreeMap<String, f64>,
+    sum: f64,
+    weights: f64,
+}
+
+impl Earned {
+    fn add(&mut self, name: &str, weight: f64, value: f64) {
+        self.parts.insert(name.to_owned(), value);
+        self.sum += weight * value;
+        self.weights += weight;
     }
 
+    fn reward(self) -> Result<Reward, RewardError> {
+        if self.parts.is_empty() {
+            return Err(RewardError::NoPart);
+        }
+        // Rounding may leave the mean of ones a little above 1.
+        Ok(Reward { total: (self.sum / self.weights).clamp(0.0, 1.0), parts: self.parts })
+    }
+}
+
+fn pattern(text: &str) -> Result<Regex, FieldError> {
+    Regex::new(text).map_err(|error| FieldError {
+        field: "rewards.regex.pattern".into(),
+        message: format!("is no pattern: {error}"),
+    })
+}
+
+impl Part {
     /// The part of each answer of a group, 0 to 1; `None` where it does not apply.
-    fn of(&self, group: &[Sample<'_>]) -> Vec<Option<f64>> {
-        let each = |part: &dyn Fn(&Sample<'_>) -> Option<f64>| group.iter().map(part).collect();
+    async fn of(&self, group: &[Sample<'_>]) -> Vec<Result<Option<f64>, RewardError>> {
+        let each =
+            |part: &dyn Fn(&Sample<'_>) -> Option<f64>| group.iter().map(|sample| Ok(part(sample))).collect();
         match self {
             Self::Length(band) => each(&|sample| Some(band.of(sample.output))),
             Self::Quality => each(&|sample| Some(quality::of(sample))),
-            Self::Diversity => diversity::of(group).into_iter().map(Some).collect(),
+            Self::Diversity => diversity::of(group).into_iter().map(|value| Ok(Some(value))).collect(),
             Self::Language(judge) => each(&|sample| Some(judge.of(sample.output, sample.language?))),
             Self::Chrf => each(&|sample| Some(reference::chrf(sample.output, sample.reference?))),
             Self::ExactMatch => {
                 each(&|sample| Some(reference::exact_match(sample.output, sample.reference?)))
             }
             Self::Regex(pattern) => each(&|sample| Some(f64::from(pattern.is_match(sample.output)))),
+            Self::Http(service) => {
+                let asked: Vec<_> = group.iter().map(|sample| service.of(sample)).collect();
+                let asked = join_all(asked).await;
+                asked.into_iter().map(|reward| reward.map(Some)).collect()
+            }
         }
     }
 }
