@@ -180,7 +180,10 @@ impl RlTrainConfig {
         let config: Self = serde_path_to_error::deserialize(Value::Object(all)).map_err(|bad| {
             let path = bad.path().to_string();
             match path.as_str() {
-                "." => FieldError { field: "overrides".into(), message: format!("cannot be used: {}", bad.into_inner()) },
+                "." => FieldError {
+                    field: "overrides".into(),
+                    message: format!("cannot be used: {}", bad.into_inner()),
+                },
                 name => error(name, format!("cannot be used: {}", bad.into_inner())),
             }
         })?;

@@ -12,8 +12,8 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use super::EngineError;
 use super::command::{Reply, TrainerId};
 use super::training::{
-    LossScale, PassKind, PassReport, Phases, StepParameters, StepReport, TrainBatch, TrainSequence, TrainerSnapshot, TrainerSpec,
-    TrainingPlan, adamw_step,
+    LossScale, PassKind, PassReport, Phases, StepParameters, StepReport, TrainBatch, TrainSequence,
+    TrainerSnapshot, TrainerSpec, TrainingPlan, adamw_step,
 };
 use super::training_plan::loss_positions;
 use crate::model::decoder::Decoder;

@@ -184,7 +184,10 @@ mod tests {
                     let (step, slope) = (1e-2, loss.at(logprob, token).1);
                     let measured =
                         (loss.at(logprob + step, token).0 - loss.at(logprob - step, token).0) / (2.0 * step);
-                    assert!((slope - measured).abs() < 1e-3 * (1.0 + slope.abs()), "{loss:?} {token:?} {logprob}");
+                    assert!(
+                        (slope - measured).abs() < 1e-3 * (1.0 + slope.abs()),
+                        "{loss:?} {token:?} {logprob}"
+                    );
                 }
             }
         }
