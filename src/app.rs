@@ -107,7 +107,7 @@ pub fn rl_config(settings: &Settings) -> anyhow::Result<RlConfig> {
 /// A log that cannot be opened, or a reward that cannot be had. The chain holds [`CannotStart`].
 pub fn collector(settings: &Settings, config: Arc<RlConfig>, loaded: &Loaded) -> anyhow::Result<Collector> {
     let folder = settings.data_dir.join(FOLDER);
-    let open = || {
+    let open = || -> anyhow::Result<Collector> {
         let log = EpisodeLog::open(&folder, config.log.max_file_bytes()?)
             .with_context(|| format!("the log of episodes {}", folder.display()))?;
         let Loaded { engine, tokenizer, adapters, model_id } = loaded.clone();

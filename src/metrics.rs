@@ -39,6 +39,7 @@ const TRAINING_LOSS: &str = "gurukul_training_loss";
 const EPISODES: &str = "gurukul_rl_episodes_total";
 const EPISODE_REWARD: &str = "gurukul_rl_reward";
 const EPISODE_REWARD_FAILED: &str = "gurukul_rl_reward_failures_total";
+const REWARD_TIME: &str = "gurukul_rl_reward_seconds";
 const EPISODES_SYNCED: &str = "gurukul_rl_log_episodes_total";
 const LOG_SYNC: &str = "gurukul_rl_log_sync_seconds";
 const UPLOADS: &str = "gurukul_uploads";
@@ -121,6 +122,11 @@ fn describe() {
     describe_counter!(EPISODES, "Episodes collected, by where their output is from");
     describe_histogram!(EPISODE_REWARD, "Rewards of collected episodes");
     describe_counter!(EPISODE_REWARD_FAILED, "Episodes without a reward because it could not be had");
+    describe_histogram!(
+        REWARD_TIME,
+        Unit::Seconds,
+        "Rewarding a group of episodes, a service's answers included"
+    );
     describe_counter!(EPISODES_SYNCED, "Episodes that the log has on disk");
     describe_histogram!(
         LOG_SYNC,
@@ -178,6 +184,11 @@ pub fn episode_collected(source: &'static str, reward: Option<f64>) {
         Some(reward) => histogram!(EPISODE_REWARD).record(reward),
         None => counter!(EPISODE_REWARD_FAILED).increment(1),
     }
+}
+
+/// A group of episodes was rewarded.
+pub fn group_rewarded(seconds: f64) {
+    histogram!(REWARD_TIME).record(seconds);
 }
 
 /// The log wrote a group of episodes to the disk.

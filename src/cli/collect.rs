@@ -150,7 +150,7 @@ fn of_flag(FieldError { field, message }: FieldError) -> anyhow::Error {
 
 pub(super) fn run(args: &Args, settings: &Settings) -> anyhow::Result<()> {
     let config = Arc::new(app::rl_config(settings)?);
-    let resolve = || {
+    let resolve = || -> anyhow::Result<(CollectJob, Option<Destination>)> {
         let job = CollectJob::resolve(args.wanted()?, &config).map_err(of_flag)?;
         Ok((job, args.destination(&config.sinks)?))
     };

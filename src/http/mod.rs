@@ -19,6 +19,7 @@ mod middleware;
 mod openai;
 mod openapi;
 mod rl_collect;
+mod rl_fields;
 mod rl_train;
 mod rl_uploads;
 mod sse;

@@ -1,23 +1,19 @@
 //! `POST /rl/collect`: logs an episode that a client brings, or answers prompts and logs what comes of it. Few episodes
 //! are collected before the answer goes out, many as a job.
 
-use std::fmt;
-
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use serde::de::Visitor;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tokio::sync::watch;
-use utoipa::openapi::schema::{Object, OneOfBuilder, Type};
-use utoipa::openapi::{RefOr, Schema};
-use utoipa::{PartialSchema, ToSchema};
+use utoipa::ToSchema;
 
 use super::error::{ApiError, ErrorBody};
 use super::extract::ApiJson;
 use super::fields::{OneOrMany, stops};
 use super::generation::check_prompt_bytes;
+use super::rl_fields::{PromptField, Upload};
 use super::state::AppState;
 use crate::config::adapter::FieldError;
 use crate::config::rl::PromptConfig;
@@ -63,8 +59,9 @@ pub(super) struct Collect {
     run_id: Option<String>,
     /// What the episodes come from, a name like a run's. Default as in the settings.
     env_name: Option<String>,
-    /// The prompts to answer, in turns. Without them and `prompt` those of `rl_config.yaml`.
-    prompts: Option<Vec<String>>,
+    /// The prompts to answer, in turns: texts, or objects with `prompt`, `language` and `reference`. Without them and
+    /// `prompt` those of `rl_config.yaml`.
+    prompts: Option<Vec<PromptField>>,
     /// Answers in all; more than 64 become a job. Default: one a prompt.
     #[schema(minimum = 1)]
     episodes: Option<i64>,
@@ -98,41 +95,6 @@ pub(super) struct Collect {
     /// Upload the episodes of this request: true to the sink that the settings have for it, or the name of a sink.
     upload: Option<Upload>,
 }
-
-/// `true`, `false`, or the name of a sink.
-#[derive(Debug)]
-enum Upload {
-    Flag(bool),
-    Sink(String),
-}
-
-impl<'de> Deserialize<'de> for Upload {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct UploadVisitor;
-        impl Visitor<'_> for UploadVisitor {
-            type Value = Upload;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("true, false or the name of a sink")
-            }
-            fn visit_bool<E>(self, flag: bool) -> Result<Upload, E> {
-                Ok(Upload::Flag(flag))
-            }
-            fn visit_str<E>(self, name: &str) -> Result<Upload, E> {
-                Ok(Upload::Sink(name.to_owned()))
-            }
-        }
-        deserializer.deserialize_any(UploadVisitor)
-    }
-}
-
-impl PartialSchema for Upload {
-    fn schema() -> RefOr<Schema> {
-        let null = Object::with_type(Type::Null);
-        OneOfBuilder::new().item(null).item(bool::schema()).item(String::schema()).into()
-    }
-}
-
-impl ToSchema for Upload {}
 
 /// The sink that is meant, if one is.
 fn destination(state: &AppState, upload: Option<&Upload>) -> Result<Option<Destination>, FieldError> {
@@ -303,14 +265,16 @@ fn wanted(state: &AppState, request: Collect) -> Result<Wanted, ApiError> {
         (Some(_), Some(_)) => {
             return Err(ApiError::invalid("prompt", "cannot stand beside prompts; give one of them"));
         }
-        (None, Some(prompt)) => Some(vec![prompt]),
-        (prompts, None) => prompts,
+        (None, Some(prompt)) => Some(vec![PromptConfig::new(prompt)]),
+        (prompts, None) => {
+            prompts.map(|prompts| prompts.into_iter().map(|field| field.0).collect::<Vec<_>>())
+        }
     };
     for prompt in prompts.iter().flatten() {
-        check_prompt_bytes(state, "prompts", prompt.len())?;
+        check_prompt_bytes(state, "prompts", prompt.prompt.len())?;
     }
     Ok(Wanted {
-        prompts: prompts.map(|prompts| prompts.into_iter().map(PromptConfig::new).collect()),
+        prompts,
         episodes: request.episodes,
         run_id: request.run_id,
         env_name: request.env_name,

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use futures::StreamExt as _;
 use futures::future::try_join_all;
@@ -218,7 +218,7 @@ impl Collector {
                 reference: episode.meta.reference.as_deref(),
                 finished: episode.meta.finish_reason.as_deref() != Some(FinishReason::Length.as_str()),
             };
-            let reward = self.parts.rewarder.group(&[sample]).await.pop();
+            let reward = self.reward(&[sample]).await.pop();
             reward.into_iter().for_each(|reward| rewarded(&mut episode, reward));
         }
         let appended = self.parts.log.append(run_id, vec![episode]).await?;
@@ -236,6 +236,13 @@ impl Collector {
     /// The log cannot be read.
     pub async fn lines(&self, id: &str, run_id: &str) -> Result<Vec<u8>, CollectError> {
         Ok(self.look(id, run_id, |_, line| line.to_vec()).await?.concat())
+    }
+
+    async fn reward(&self, group: &[Sample<'_>]) -> Vec<Result<Reward, RewardError>> {
+        let begun = Instant::now();
+        let rewards = self.parts.rewarder.group(group).await;
+        metrics::group_rewarded(begun.elapsed().as_secs_f64());
+        rewards
     }
 
     async fn adapter(&self, job: &CollectJob) -> Result<Option<AdapterHandle>, AdapterError> {
@@ -262,7 +269,7 @@ impl Collector {
         mut take: impl FnMut(u64, &[u8]) -> T + Send + 'static,
     ) -> Result<Vec<T>, CollectError> {
         let (dir, run, prefix) = (self.parts.log.dir().to_owned(), run_id.to_owned(), format!("{id}-"));
-        let look = move || {
+        let look = move || -> std::io::Result<Vec<T>> {
             let mut found = Vec::new();
             let mut of_run = episodes(&dir, &run)?;
             while let Some(episode) = of_run.next() {
@@ -314,7 +321,7 @@ impl Collector {
                 finished: answer.reason == FinishReason::Stop,
             })
             .collect();
-        let rewards = self.parts.rewarder.group(&samples).await;
+        let rewards = self.reward(&samples).await;
         let mut group = Vec::with_capacity(answers.len());
         for ((index, answer), reward) in indexes.zip(&answers).zip(rewards) {
             if already.contains(&index) {

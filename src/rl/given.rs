@@ -138,7 +138,7 @@ enum Finish {
 
 /// A field out of a client's object; null counts as left out.
 fn take<T: DeserializeOwned>(said: &mut Map<String, Value>, name: &str) -> Result<Option<T>, FieldError> {
-    let Some(value) = said.shift_remove(name) else { return Ok(None) };
+    let Some(value) = said.shift_remove(name).filter(|value| !value.is_null()) else { return Ok(None) };
     serde_path_to_error::deserialize(value).map_err(|wrong| {
         let field = match wrong.path().to_string().as_str() {
             "." | "?" => format!("meta.{name}"),

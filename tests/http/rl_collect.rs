@@ -44,7 +44,7 @@ async fn a_given_episode_is_logged_with_its_reward_or_a_computed_one() {
 async fn answers_are_generated_rewarded_and_logged() {
     let server = Server::start(Limits { max_batch: 4, max_queue: 2 }).await;
     let body = json!({
-        "prompts": ["say 3", "Translate to Tamil: water"], "episodes": 12, "run_id": "r", "max_new_tokens": 6,
+        "prompts": [{"prompt": "say 3", "reference": "three"}, "Translate to Tamil: water"], "episodes": 12, "run_id": "r", "max_new_tokens": 6,
         "seed": 7, "adapter": ADAPTER, "logprobs": true, "temperature": 1.0,
     });
     // More at once than the queue takes: they wait for their turn.
@@ -67,6 +67,8 @@ async fn answers_are_generated_rewarded_and_logged() {
     }
     let tamil = log.iter().filter(|episode| episode.meta.language.as_deref() == Some("ta")).count();
     assert_eq!(tamil, 6);
+    let with_reference = log.iter().filter(|episode| episode.meta.rewards.contains_key("chrf")).count();
+    assert_eq!(with_reference, 6);
     // The seed of one gives it again, by another way to the same model.
     let one = &log[0];
     let again = json!({
@@ -121,6 +123,8 @@ async fn what_cannot_be_collected_is_refused_by_field() {
         (json!({"prompts": []}), "prompts"),
         (json!({"prompts": ["a", ""]}), "prompts[1]"),
         (json!({"prompts": ["a", 7]}), "prompts[1]"),
+        (json!({"prompts": [{"prompt": "a", "text": "b"}]}), "prompts[0].text"),
+        (json!({"prompts": [{"prompt": "a", "language": "xx"}]}), "prompts[0].language"),
         (json!({"prompts": ["a"], "prompt": "b"}), "prompt"),
         (json!({"prompt": "a", "run_id": "../x"}), "run_id"),
         (json!({"prompt": "a", "run_id": "a/b"}), "run_id"),

@@ -18,7 +18,6 @@ use tokio::sync::oneshot;
 pub use read::{Episodes, Unreadable, episodes, parts, runs};
 
 use super::episode::{Episode, InvalidName, check_run_id};
-use files::Part;
 
 /// The folder of the log inside the data folder.
 pub const FOLDER: &str = "rl_runs";

@@ -129,8 +129,9 @@ impl Writer {
                 return Ok(episode_index + 1);
             }
             tracing::warn!(file = %path.display(), "the log's last line is no episode; counting its lines instead");
-            let count =
-                |path: &PathBuf| Ok(fs::read(path)?.iter().filter(|byte| **byte == b'\n').count() as u64);
+            let count = |path: &PathBuf| -> io::Result<u64> {
+                Ok(fs::read(path)?.iter().filter(|byte| **byte == b'\n').count() as u64)
+            };
             return paths.iter().map(count).sum();
         }
         Ok(0)
@@ -173,8 +174,8 @@ fn numbered(group: &mut [Entry], mut next: u64) -> Vec<u8> {
 #[cfg(unix)]
 fn is_at(file: &File, path: &std::path::Path) -> bool {
     use std::os::unix::fs::MetadataExt as _;
-    let identity = |meta: fs::Metadata| (meta.dev(), meta.ino());
-    matches!((file.metadata(), fs::metadata(path)), (Ok(a), Ok(b)) if identity(a) == identity(b))
+    let identity = |meta: &fs::Metadata| (meta.dev(), meta.ino());
+    matches!((file.metadata(), fs::metadata(path)), (Ok(a), Ok(b)) if identity(&a) == identity(&b))
 }
 
 /// Elsewhere an open file cannot be moved away.

@@ -174,21 +174,24 @@ mod tests {
     async fn service() -> (String, Arc<Seen>) {
         let seen = Arc::new(Seen::default());
         let state = seen.clone();
-        let answer = async move |headers: HeaderMap, Json(question): Json<Value>| {
-            let number = state.requests.fetch_add(1, Ordering::SeqCst);
-            let now = state.at_once.fetch_add(1, Ordering::SeqCst) + 1;
-            state.most.fetch_max(now, Ordering::SeqCst);
-            tokio::time::sleep(Duration::from_millis(5)).await;
-            state.at_once.fetch_sub(1, Ordering::SeqCst);
-            let output = question["output"].as_str().unwrap_or_default().to_owned();
-            let keys: Vec<&String> = question.as_object().unwrap().keys().collect();
-            assert_eq!(keys, ["prompt", "output", "language", "reference", "finished"]);
-            assert!(!headers.contains_key("authorization"));
-            match output.parse::<usize>() {
-                Ok(failures) if number < failures => StatusCode::SERVICE_UNAVAILABLE.into_response(),
-                Ok(_) => Json(json!({ "reward": 0.25, "why": "because" })).into_response(),
-                Err(_) if output == "403" => StatusCode::FORBIDDEN.into_response(),
-                Err(_) => output.into_response(),
+        let answer = move |headers: HeaderMap, Json(question): Json<Value>| {
+            let state = state.clone();
+            async move {
+                let number = state.requests.fetch_add(1, Ordering::SeqCst);
+                let now = state.at_once.fetch_add(1, Ordering::SeqCst) + 1;
+                state.most.fetch_max(now, Ordering::SeqCst);
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                state.at_once.fetch_sub(1, Ordering::SeqCst);
+                let output = question["output"].as_str().unwrap_or_default().to_owned();
+                let keys: Vec<&String> = question.as_object().unwrap().keys().collect();
+                assert_eq!(keys, ["prompt", "output", "language", "reference", "finished"]);
+                assert!(!headers.contains_key("authorization"));
+                match output.parse::<usize>() {
+                    Ok(failures) if number < failures => StatusCode::SERVICE_UNAVAILABLE.into_response(),
+                    Ok(_) => Json(json!({ "reward": 0.25, "why": "because" })).into_response(),
+                    Err(_) if output == "forbidden" => StatusCode::FORBIDDEN.into_response(),
+                    Err(_) => output.into_response(),
+                }
             }
         };
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -237,7 +240,7 @@ mod tests {
     #[tokio::test]
     async fn what_another_attempt_cannot_mend_is_not_tried_again() {
         let (url, seen) = service().await;
-        assert!(ask(&url, 5, "403").await.unwrap_err().contains("403"));
+        assert!(ask(&url, 5, "forbidden").await.unwrap_err().contains("403"));
         assert_eq!(seen.requests.load(Ordering::SeqCst), 1);
     }
 
@@ -257,7 +260,8 @@ mod tests {
         let (url, seen) = service().await;
         let config = HttpConfig { url, max_concurrent: 2, ..HttpConfig::default() };
         let service = Service::new(&config).unwrap();
-        let asked = futures::future::join_all((0..12).map(|_| service.of(&sample("0")))).await;
+        let sample = sample("0");
+        let asked = futures::future::join_all((0..12).map(|_| service.of(&sample))).await;
         assert!(asked.iter().all(|reward| *reward == Ok(0.25)));
         assert!(seen.most.load(Ordering::SeqCst) <= 2);
     }

@@ -48,12 +48,12 @@ mod tests {
 
     #[test]
     fn clusters_are_counted_and_not_characters() {
-        let band = Band { min: 4, max: 4, half: 2 };
-        // Four clusters in Devanagari, of eight characters.
-        assert_eq!(band.of(" नमस्ते जी "), 1.0);
+        let band = Band { min: 3, max: 3, half: 2 };
+        // Three clusters of six characters.
+        assert_eq!(band.of(" नमस्ते "), 1.0);
         assert_eq!(band.of(""), 0.0);
-        assert_eq!(band.of("ab"), 0.5);
-        assert_eq!(band.of("abcdef"), 0.5);
+        assert_eq!(band.of("ab"), 2.0 / 3.0);
+        assert_eq!(band.of("abcde"), 0.5);
         assert_eq!(Band { min: 0, max: 0, half: 1 }.of(""), 1.0);
     }
 

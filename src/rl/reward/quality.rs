@@ -98,10 +98,10 @@ fn soundness(output: &str) -> f64 {
     (-f64::from(damaged)).exp2()
 }
 
-/// How a damaged cluster begins: with a mark that has no letter to carry it, a control character, a character that no
+/// How a damaged cluster begins: with a mark that has no letter to carry it (a space may carry it in vain), a control character, a character that no
 /// text has, or one of the two that stand for damage.
 static DAMAGE: LazyLock<Regex> = LazyLock::new(|| {
-    Regex::new(r"^[\p{M}\p{Cc}\p{Co}\p{Cn}\x{FFFD}\x{25CC}]")
+    Regex::new(r"^\s*[\p{M}\p{Cc}\p{Co}\p{Cn}\x{FFFD}\x{25CC}]")
         .expect("the pattern is fixed, and a test uses it")
 });
 

@@ -15,7 +15,7 @@ const BLOCK: usize = 64 << 10;
 
 /// The folder.
 #[derive(Debug)]
-pub(super) struct Folder {
+pub(in crate::rl) struct Folder {
     root: PathBuf,
 }
 

@@ -20,7 +20,7 @@ const MAX_RETRY_AFTER: Duration = Duration::from_secs(3600);
 
 /// The address, with its headers.
 #[derive(Debug)]
-pub(super) struct Http {
+pub(in crate::rl) struct Http {
     client: reqwest::Client,
     method: HttpMethod,
     /// With placeholders; it may hold what is not for messages.

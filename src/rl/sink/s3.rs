@@ -1,10 +1,12 @@
 //! Uploads into an S3 bucket: in one request, or in parts where they are large. Never writes over an object.
 
 use aws_sdk_s3::Client;
+use aws_sdk_s3::config::http::HttpResponse;
+use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::{ChecksumAlgorithm, CompletedMultipartUpload, CompletedPart};
-use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
+
 use tokio::io::AsyncReadExt as _;
 
 use super::{Parcel, Refusal, unreadable};
@@ -23,8 +25,11 @@ const CONTENT_TYPE: &str = "application/x-ndjson";
 
 /// The bucket.
 #[derive(Debug)]
-pub(super) struct S3 {
+pub(in crate::rl) struct S3 {
     client: Client,
+    /// The same, which tries nothing again by itself: a small object waits for its next turn in the outbox, where it
+    /// holds up no other.
+    once: Client,
     bucket: String,
 }
 
@@ -53,7 +58,8 @@ impl S3 {
     }
 
     pub(super) fn with(client: Client, bucket: String) -> Self {
-        Self { client, bucket }
+        let once = client.config().to_builder().retry_config(RetryConfig::disabled()).build();
+        Self { client, once: Client::from_conf(once), bucket }
     }
 
     /// As [`super::Sink::put`].
@@ -71,7 +77,7 @@ impl S3 {
 
     async fn put_whole(&self, parcel: &Parcel) -> Result<(), Unmade> {
         let content = tokio::fs::read(&parcel.file).await.map_err(|error| unreadable(parcel, &error))?;
-        let put = self.client.put_object().bucket(&self.bucket).key(&parcel.key).if_none_match("*");
+        let put = self.once.put_object().bucket(&self.bucket).key(&parcel.key).if_none_match("*");
         let put = put
             .content_type(CONTENT_TYPE)
             .metadata(HASH, parcel.sha256())
