@@ -144,8 +144,7 @@ impl Run<'_> {
                         top_k: 0,
                         repetition_penalty: 1.0,
                         max_new_tokens: config.max_new_tokens as u64,
-                        seed: settings.seed_of(place),
-                        stream: number as u64,
+                        seed: settings.seed_of(place, number),
                     }),
                     ..EpisodeMeta::new(EpisodeSource::Generated)
                 };

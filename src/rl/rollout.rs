@@ -53,14 +53,14 @@ pub(super) struct Settings {
     pub(super) group_size: usize,
     /// At once; 0 is half of the engine's batch.
     pub(super) max_in_flight: usize,
-    /// Names the random streams, together with the prompt's place and the answer's in its group.
+    /// What the answers' own seeds follow from.
     pub(super) seed: u64,
 }
 
 impl Settings {
-    /// The seed of the answers to the prompt at a place of the step.
-    pub(super) fn seed_of(self, place: usize) -> u64 {
-        mix64(self.seed ^ mix64(place as u64 + 1))
+    /// The seed of an answer's own random stream, by the prompt's place in the step and the answer's in its group.
+    pub(super) fn seed_of(self, place: usize, number: usize) -> u64 {
+        mix64(self.seed ^ mix64(((place as u64) << 32 | number as u64) + 1))
     }
 }
 
@@ -82,8 +82,7 @@ pub(super) async fn rollouts<'p>(
     let request = |place: usize, number: usize| GenerateRequest {
         sampling: Sampling {
             temperature: settings.temperature,
-            seed: settings.seed_of(place),
-            stream: number as u64,
+            seed: settings.seed_of(place, number),
             ..Sampling::default()
         },
         top_logprobs: Some(0),
