@@ -11,7 +11,7 @@ const EPS: f64 = 1e-4;
 ///
 /// A = (reward - mean) / (std + 1e-4), std with n - 1 (GRPO, Shao et al. 2024); `unbiased` leaves out the division,
 /// which would weigh prompts by how hard they are (Dr. GRPO, Liu et al. 2025).
-pub fn of_group(rewards: &[f64], unbiased: bool) -> Option<Vec<f64>> {
+pub(super) fn of_group(rewards: &[f64], unbiased: bool) -> Option<Vec<f64>> {
     let count = rewards.len() as f64;
     let mean = rewards.iter().sum::<f64>() / count;
     if rewards.len() < 2 || rewards.iter().all(|reward| (reward - mean).abs() < SAME) {
@@ -25,7 +25,7 @@ pub fn of_group(rewards: &[f64], unbiased: bool) -> Option<Vec<f64>> {
 }
 
 /// The standard deviation with n - 1; 0 for fewer than two.
-pub fn spread(values: &[f64]) -> f64 {
+pub(super) fn spread(values: &[f64]) -> f64 {
     if values.len() < 2 {
         return 0.0;
     }
@@ -36,7 +36,7 @@ pub fn spread(values: &[f64]) -> f64 {
 
 /// What each token of an answer counts, where each answer counts 1: one over its length, or with `unbiased` one over
 /// the longest that it could have been, which does not favour short good and long bad answers (Dr. GRPO).
-pub fn token_weight(tokens: usize, max_new_tokens: usize, unbiased: bool) -> f32 {
+pub(super) fn token_weight(tokens: usize, max_new_tokens: usize, unbiased: bool) -> f32 {
     1.0 / if unbiased { max_new_tokens } else { tokens }.max(1) as f32
 }
 
