@@ -1,5 +1,5 @@
 //! Lifts the demo model by reinforcement learning on a task that it does badly, prints the curve and draws it to
-//! `docs/rl_lift.svg`: `cargo run --release --example rl_lift`. Takes a few minutes on two cores.
+//! `docs/rl_lift.svg`: `cargo run --release --example rl_lift`.
 #![expect(clippy::print_stdout, reason = "the example's own output")]
 
 mod draw;
