@@ -24,6 +24,7 @@ use crate::http::{self, AppState, HttpSettings};
 use crate::jobs::{self, Jobs};
 use crate::metrics;
 use crate::model::tokenizer::Tokenizer;
+use crate::rl::learn::RlContext;
 use crate::rl::log::FOLDER;
 use crate::rl::outbox::{Outbox, Patience};
 use crate::rl::{Collector, EpisodeLog};
@@ -158,7 +159,8 @@ impl App {
         });
         let uploads = outbox(settings, &jobs, rl.sinks.clone()).await?;
         uploads.start();
-        let kinds = training::kinds(training.clone(), collector.clone(), uploads.clone());
+        let learning = Arc::new(RlContext { training: training.clone(), log: collector.log().clone() });
+        let kinds = training::kinds(learning.clone(), collector.clone(), uploads.clone());
         jobs.start(kinds).await.context(CannotStart)?;
         let http = HttpSettings {
             max_body_bytes: settings.max_body_bytes,
@@ -178,6 +180,7 @@ impl App {
             uploads: uploads.clone(),
             training,
             collector,
+            learning,
             settings: Arc::new(http),
             prometheus,
             started: Instant::now(),

@@ -12,6 +12,8 @@ mod generate_lite;
 mod openai;
 #[path = "http/rl_collect.rs"]
 mod rl_collect;
+#[path = "http/rl_train.rs"]
+mod rl_train;
 #[path = "http/rl_uploads.rs"]
 mod rl_uploads;
 #[path = "http/server.rs"]

@@ -15,7 +15,6 @@ use gurukul::engine::training::{
 use gurukul::engine::{EngineConfig, EngineHandle, Event, GenerateRequest, ScoreRequest};
 use gurukul::model::load::{DeviceChoice, DtypeChoice};
 use gurukul::model::tokenizer::Tokenizer;
-use gurukul::nn::loss::TokenLoss;
 use gurukul::nn::quant::Quantization;
 use gurukul::text::chrf::corpus_score;
 use gurukul::train::evaluation::{Pairs, Scorer, evaluate, prompt_of};
@@ -229,7 +228,7 @@ async fn by_a_trainer(engine: &EngineHandle, samples: &[TrainSequence]) -> (f64,
         checkpointing: Checkpointing::Auto,
     };
     let trainer = engine.create_trainer(spec).await.unwrap();
-    let batch = TrainBatch { sequences: samples.to_vec(), loss: TokenLoss::CrossEntropy, pass: 0 };
+    let batch = TrainBatch::cross_entropy(samples.to_vec(), 0);
     let pass = trainer.evaluate(batch).await.unwrap();
     // The shared function in small passes comes to the same.
     let small = Scorer::Trainer { trainer: &trainer, tokens_per_pass: 40 };

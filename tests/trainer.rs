@@ -17,7 +17,6 @@ use gurukul::engine::training::{
 use gurukul::engine::{EngineConfig, EngineError, EngineHandle, Event, GenerateRequest, Trainer};
 use gurukul::model::load::{DeviceChoice, DtypeChoice};
 use gurukul::model::tokenizer::Tokenizer;
-use gurukul::nn::loss::TokenLoss;
 use gurukul::nn::quant::Quantization;
 
 fn engine(dir: &Path, quantize: Quantization) -> EngineHandle {
@@ -70,13 +69,13 @@ fn sequences(count: usize, seed: u32) -> Vec<TrainSequence> {
         .map(|i| {
             let tokens: Vec<u32> = (0..8 + 5 * (i % 4)).map(|_| 4 + next() % 500).collect();
             let weights = (0..tokens.len()).map(|t| if t % 3 == 0 { 0.0 } else { 1.0 }).collect();
-            TrainSequence { tokens, weights }
+            TrainSequence::new(tokens, weights)
         })
         .collect()
 }
 
 fn batch(sequences: &[TrainSequence], pass: u64) -> TrainBatch {
-    TrainBatch { sequences: sequences.to_vec(), loss: TokenLoss::CrossEntropy, pass }
+    TrainBatch::cross_entropy(sequences.to_vec(), pass)
 }
 
 /// Steps over one batch each; every tensor of the last snapshot.
@@ -128,12 +127,10 @@ fn fixture_batch(file: &Path, step: usize) -> TrainBatch {
     let (ids, mask, labels) = (row("input_ids"), row("attention_mask"), row("labels"));
     let sequences = ids.iter().zip(&mask).zip(&labels).map(|((ids, mask), labels)| {
         let length = mask.iter().filter(|&&m| m == 1).count();
-        TrainSequence {
-            tokens: ids[..length].iter().map(|&t| t as u32).collect(),
-            weights: labels[..length].iter().map(|&l| if l == -100 { 0.0 } else { 1.0 }).collect(),
-        }
+        let weights = labels[..length].iter().map(|&l| if l == -100 { 0.0 } else { 1.0 });
+        TrainSequence::new(ids[..length].iter().map(|&t| t as u32).collect(), weights.collect())
     });
-    TrainBatch { sequences: sequences.collect(), loss: TokenLoss::CrossEntropy, pass: step as u64 }
+    TrainBatch::cross_entropy(sequences.collect(), step as u64)
 }
 
 #[tokio::test]

@@ -25,7 +25,6 @@ use gurukul::config::adapter::{AdapterConfig, Scheduler, Template};
 use gurukul::data::SourceConfig;
 use gurukul::engine::training::{AdamW, StepParameters, TrainBatch, TrainSequence};
 use gurukul::model::tokenizer::Tokenizer;
-use gurukul::nn::loss::TokenLoss;
 use gurukul::train::TrainJob;
 use gurukul::train::dataset::{Dataset, pack};
 use gurukul::train::full::FullTrainer;
@@ -297,7 +296,7 @@ fn shared(mut batch: Vec<TrainSequence>) -> Vec<Vec<TrainSequence>> {
 }
 
 fn pass(sequences: Vec<TrainSequence>) -> TrainBatch {
-    TrainBatch { sequences, loss: TokenLoss::CrossEntropy, pass: 0 }
+    TrainBatch::cross_entropy(sequences, 0)
 }
 
 /// Held-out sentences in passes.

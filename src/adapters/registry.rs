@@ -10,6 +10,7 @@ use super::files::{self, Manifest, Stamp};
 use super::{AdapterError, AdapterInfo, TrainedAdapter, check_name, place};
 use crate::engine::command::AdapterKey;
 use crate::engine::{AdapterHandle, EngineError, EngineHandle, LoadAdapter};
+use crate::nn::lora::LoraWeights;
 
 /// The folder of adapters and what of it the engine was given. A cheap clone.
 #[derive(Clone)]
@@ -54,6 +55,8 @@ struct State {
     stamp: Option<Stamp>,
     /// Alive while the engine or a request holds the adapter.
     resident: Weak<AdapterKey>,
+    /// Weights that are served without files of their own; pinned, as there is nothing to load them from again.
+    live: Option<AdapterHandle>,
     /// What a full read found wrong with these files, where their names and shapes do not show it.
     broken: Option<(Stamp, String)>,
 }
@@ -148,6 +151,95 @@ impl Registry {
         unless_panicked(tokio::spawn(publish).await)
     }
 
+    /// Has a trainer's weights served under a name as they are now, with no file: `serve` gets the generation and gives
+    /// the handle. They go before whatever files the name has, until the next publication or [`Registry::withdraw`];
+    /// the end of the process forgets them. Requests that run with an older generation keep it.
+    ///
+    /// # Errors
+    /// A name against the rule; no room in the engine. What was served until then is served still.
+    pub async fn publish_live<F>(
+        &self,
+        name: &str,
+        serve: impl FnOnce(u64) -> F + Send + 'static,
+    ) -> Result<AdapterHandle, AdapterError>
+    where
+        F: Future<Output = Result<AdapterHandle, EngineError>> + Send,
+    {
+        check_name(name)?;
+        let (registry, name) = (self.clone(), name.to_owned());
+        unless_panicked(tokio::spawn(async move { registry.publish_live_now(name, serve).await }).await)
+    }
+
+    async fn publish_live_now<F>(
+        &self,
+        name: String,
+        serve: impl FnOnce(u64) -> F,
+    ) -> Result<AdapterHandle, AdapterError>
+    where
+        F: Future<Output = Result<AdapterHandle, EngineError>>,
+    {
+        let slot = self.new_slot(&name);
+        let _turn = slot.turn.lock().await;
+        let (registry, owned, same_slot) = (self.clone(), name.clone(), slot.clone());
+        let generation = blocking(move || Ok(registry.next_generation(&owned, &same_slot))).await?;
+        let handle = serve(generation).await?;
+        let (live, resident) = {
+            let mut state = slot.lock();
+            state.generation = generation;
+            // Whatever files there are, they are not this generation.
+            state.stamp = None;
+            let before = std::mem::replace(&mut state.resident, Arc::downgrade(&handle));
+            (state.live.replace(handle.clone()), before.upgrade())
+        };
+        if let Some(old) = live.or(resident) {
+            self.shared.engine.unload_adapter(old).await?;
+        }
+        tracing::debug!(adapter = name, generation, "adapter published without files");
+        Ok(handle)
+    }
+
+    /// Ends what [`Registry::publish_live`] began, if it has not ended: the name means its files again, or nothing.
+    ///
+    /// # Errors
+    /// A name against the rule; an engine that has stopped.
+    pub async fn withdraw(&self, name: &str) -> Result<(), AdapterError> {
+        check_name(name)?;
+        let Some(slot) = self.slot(name) else { return Ok(()) };
+        let _turn = slot.turn.lock().await;
+        let live = slot.lock().live.take();
+        match live {
+            Some(handle) => Ok(self.shared.engine.unload_adapter(handle).await?),
+            None => Ok(()),
+        }
+    }
+
+    /// The weights in the files of this name.
+    ///
+    /// # Errors
+    /// A name against the rule, no such adapter, files that do not fit the model.
+    pub async fn read(&self, name: &str) -> Result<LoraWeights, AdapterError> {
+        check_name(name)?;
+        let (registry, name) = (self.clone(), name.to_owned());
+        blocking(move || {
+            let _whole = registry.shared.replacing.read().unwrap_or_else(PoisonError::into_inner);
+            super::read(&registry.shared.dir, &name, &registry.shared.engine.info().sites)
+        })
+        .await
+    }
+
+    /// One more than any that the name had. What lies there counts as a generation, whether or not it was ever used,
+    /// and even if it is broken.
+    fn next_generation(&self, name: &str, slot: &Slot) -> u64 {
+        let present = files::locate(&self.shared.dir, name).and_then(|located| {
+            let stamp = located.stamp(name)?;
+            Ok((located.published(name, &stamp), stamp))
+        });
+        1 + match &present {
+            Ok((published, stamp)) => slot.lock().generation_for(stamp, *published),
+            Err(_) => slot.lock().generation,
+        }
+    }
+
     async fn publish_now<F>(
         &self,
         name: String,
@@ -163,15 +255,7 @@ impl Registry {
         let (registry, owned, same_slot) = (self.clone(), name.clone(), slot.clone());
         let (generation, stamp) = blocking(move || {
             let dir = &registry.shared.dir;
-            // What lies there counts as a generation, whether or not it was ever used, and even if it is broken.
-            let present = files::locate(dir, &owned).and_then(|located| {
-                let stamp = located.stamp(&owned)?;
-                Ok((located.published(&owned, &stamp), stamp))
-            });
-            let generation = match &present {
-                Ok((published, stamp)) => same_slot.lock().generation_for(stamp, *published) + 1,
-                Err(_) => same_slot.lock().generation + 1,
-            };
+            let generation = registry.next_generation(&owned, &same_slot);
             notes.generation = Some(generation);
             let fill = |folder: &std::path::Path| {
                 adapter.write(folder, &registry.shared.engine.info().sites)?;
@@ -193,9 +277,10 @@ impl Registry {
             state.stamp = Some(stamp);
             state.broken = None;
             let now = served.as_ref().map_or_else(|_| Weak::new(), Arc::downgrade);
-            std::mem::replace(&mut state.resident, now)
+            let resident = std::mem::replace(&mut state.resident, now).upgrade();
+            state.live.take().or(resident)
         };
-        if let Some(old) = before.upgrade() {
+        if let Some(old) = before {
             self.shared.engine.unload_adapter(old).await?;
         }
         tracing::info!(adapter = name, generation, "adapter published");
@@ -219,6 +304,9 @@ impl Registry {
             }
         };
         let _turn = slot.turn.lock().await;
+        if let Some(handle) = slot.lock().live.clone() {
+            return Ok(handle);
+        }
         let outcome = self.refresh(name, &slot).await;
         if let Err(AdapterError::NotFound { .. }) = outcome {
             // Somebody removed the folder by hand; the memory should not stay taken for it.
@@ -301,9 +389,10 @@ impl Registry {
             let mut state = slot.lock();
             state.stamp = None;
             state.broken = None;
-            std::mem::take(&mut state.resident)
+            let resident = std::mem::take(&mut state.resident).upgrade();
+            state.live.take().or(resident)
         };
-        match before.upgrade() {
+        match before {
             Some(handle) => Ok(self.shared.engine.unload_adapter(handle).await?),
             None => Ok(()),
         }

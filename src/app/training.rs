@@ -4,37 +4,44 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use futures::FutureExt as _;
+use serde::de::DeserializeOwned;
 use serde_json::json;
 use tokio::sync::watch;
 
 use super::collecting;
 use crate::engine::EngineError;
-use crate::http::{COLLECT_KIND, TRAIN_KIND};
+use crate::http::{COLLECT_KIND, RL_KIND, TRAIN_KIND};
 use crate::jobs::{self, JobHandle, Level, Outcome, Work};
 use crate::rl::Collector;
+use crate::rl::learn::{self, RlContext, RlJob, RlProgress, RlReporter};
 use crate::rl::outbox::Outbox;
 use crate::train::{self, Context, Ending, Progress, Reporter, TrainError, TrainJob};
 
 /// The work for each kind of job.
 pub(super) fn kinds(
-    context: Arc<Context>,
+    context: Arc<RlContext>,
     collector: Collector,
     uploads: Outbox,
 ) -> BTreeMap<&'static str, Work> {
-    let train: Work = Arc::new(move |handle| train_one(context.clone(), handle).boxed());
+    let training = context.training.clone();
+    let train: Work = Arc::new(move |handle| train_one(training.clone(), handle).boxed());
+    let learn: Work = Arc::new(move |handle| learn_one(context.clone(), handle).boxed());
     let collect: Work =
         Arc::new(move |handle| collecting::collect(collector.clone(), uploads.clone(), handle).boxed());
-    BTreeMap::from([(TRAIN_KIND, train), (COLLECT_KIND, collect)])
+    BTreeMap::from([(TRAIN_KIND, train), (RL_KIND, learn), (COLLECT_KIND, collect)])
+}
+
+/// What was accepted.
+fn spec<T: DeserializeOwned>(handle: &JobHandle) -> Result<T, Outcome> {
+    serde_json::from_value(handle.spec().clone()).map_err(|error| {
+        Outcome::Failed(format!("the job was stored by a version that is not understood: {error}"))
+    })
 }
 
 async fn train_one(context: Arc<Context>, handle: JobHandle) -> Outcome {
-    let job: TrainJob = match serde_json::from_value(handle.spec().clone()) {
+    let job: TrainJob = match spec(&handle) {
         Ok(job) => job,
-        Err(error) => {
-            return Outcome::Failed(format!(
-                "the job was stored by a version that is not understood: {error}"
-            ));
-        }
+        Err(outcome) => return outcome,
     };
     let (stop, stopped) = watch::channel(train::Stop::No);
     let told = Told(&handle);
@@ -43,9 +50,28 @@ async fn train_one(context: Arc<Context>, handle: JobHandle) -> Outcome {
         // Never through: the work itself decides when it ends.
         never = forward(handle.stop(), stop) => match never {},
     };
+    ended(&handle, &job.adapter_name, outcome)
+}
+
+async fn learn_one(context: Arc<RlContext>, handle: JobHandle) -> Outcome {
+    let job: RlJob = match spec(&handle) {
+        Ok(job) => job,
+        Err(outcome) => return outcome,
+    };
+    let (stop, stopped) = watch::channel(train::Stop::No);
+    let told = Told(&handle);
+    let outcome = tokio::select! {
+        outcome = learn::run(&context, handle.id(), &job, &told, stopped) => outcome,
+        // Never through: the work itself decides when it ends.
+        never = forward(handle.stop(), stop) => match never {},
+    };
+    ended(&handle, &job.adapter_name, outcome)
+}
+
+fn ended(handle: &JobHandle, adapter: &str, outcome: Result<Ending, TrainError>) -> Outcome {
     match outcome {
         Ok(Ending::Completed { progress, generation }) => Outcome::Completed {
-            message: format!("the adapter {} is served as generation {generation}", job.adapter_name),
+            message: format!("the adapter {adapter} is served as generation {generation}"),
             result: json!({ "generation": generation, "progress": progress }),
         },
         Ok(Ending::Cancelled { step }) => Outcome::Cancelled(format!("cancelled at step {step}")),
@@ -84,15 +110,39 @@ impl Reporter for Told<'_> {
     }
 
     fn progress(&self, progress: &Progress) {
-        let fraction = progress.step as f64 / progress.total_steps.max(1) as f64;
-        match serde_json::to_value(progress) {
-            Ok(metrics) => self.0.progress(progress.step, fraction, metrics),
-            Err(error) => tracing::error!(%error, "figures that are no JSON are a bug"),
-        }
+        self.figures(progress, progress);
     }
 
     fn checkpointed(&self, step: u64) {
         self.0.checkpointed(step);
+    }
+}
+
+impl RlReporter for Told<'_> {
+    fn log(&self, line: String) {
+        self.0.log(Level::Info, line);
+    }
+
+    fn warn(&self, line: String) {
+        self.0.log(Level::Warn, line);
+    }
+
+    fn progress(&self, progress: &RlProgress) {
+        self.figures(&progress.progress, progress);
+    }
+
+    fn checkpointed(&self, step: u64) {
+        self.0.checkpointed(step);
+    }
+}
+
+impl Told<'_> {
+    fn figures(&self, progress: &Progress, all: &impl serde::Serialize) {
+        let fraction = progress.step as f64 / progress.total_steps.max(1) as f64;
+        match serde_json::to_value(all) {
+            Ok(metrics) => self.0.progress(progress.step, fraction, metrics),
+            Err(error) => tracing::error!(%error, "figures that are no JSON are a bug"),
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use super::named;
 use super::range::within;
 pub use super::rl_reward::RewardConfig;
 pub use super::rl_sinks::SinksConfig;
-pub use super::rl_train::RlTrainConfig;
+pub use super::rl_train::{Loss, RlTrainConfig};
 use super::size::ByteSize;
 use crate::text::Language;
 

@@ -36,7 +36,7 @@ fn every_setting_of_the_delivered_file_can_be_used() {
         let setting =
             line.starts_with("  ").then(|| line.trim_start().strip_prefix('#').and_then(key)).flatten();
         match setting {
-            Some(_) if ["collect", "rewards", "log"].contains(&section.as_str()) => {
+            Some(_) if ["collect", "rewards", "log", "train"].contains(&section.as_str()) => {
                 text += &line.replacen('#', "", 1);
             }
             _ => text += line,
@@ -50,7 +50,9 @@ fn every_setting_of_the_delivered_file_can_be_used() {
     expected.rewards.http.url = config.rewards.http.url.clone();
     assert_eq!(config, expected, "the file shows the defaults");
     // And every setting is in the file.
-    let whole = serde_json::json!({"collect": config.collect, "rewards": config.rewards, "log": config.log});
+    let whole = serde_json::json!({
+        "collect": config.collect, "rewards": config.rewards, "log": config.log, "train": config.train,
+    });
     let mut stack = vec![&whole];
     while let Some(serde_json::Value::Object(map)) = stack.pop() {
         for (key, value) in map {

@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::engine::EngineError;
 use crate::engine::training::{
-    PassReport, StepParameters, StepReport, TrainBatch, TrainerSnapshot, TrainerSpec, TrainingPlan,
+    PassKind, PassReport, StepParameters, StepReport, TrainBatch, TrainerSnapshot, TrainerSpec, TrainingPlan,
 };
 use crate::nn::lora::LoraWeights;
 
@@ -158,6 +158,9 @@ pub struct TokenLogprob {
 pub struct PositionLogprobs {
     /// Of the token that was chosen.
     pub chosen: f32,
+    /// The same at the temperature that it was drawn with, before any penalty or truncation: what a policy gradient
+    /// compares with. 0 when greedy, as no other token could have come.
+    pub sampled: f32,
     /// The most likely tokens, likeliest first.
     pub top: Vec<TokenLogprob>,
 }
@@ -225,8 +228,8 @@ pub(crate) enum Command {
     PlanTraining(Box<TrainerSpec>, Reply<TrainingPlan>),
     /// Take the memory for a trainer and initialise its weights.
     CreateTrainer(TrainerId, Box<TrainerSpec>, Reply<TrainingPlan>),
-    /// One pass over a batch; with `true` its gradient is kept.
-    ForwardBackward(TrainerId, Box<TrainBatch>, bool, Reply<PassReport>),
+    /// One pass over a batch.
+    Pass(TrainerId, Box<TrainBatch>, PassKind, Reply<PassReport>),
     /// Take a step with the gradient of the passes since the last one.
     OptimStep(TrainerId, StepParameters, Reply<StepReport>),
     /// Forget the gradient of the passes since the last step.

@@ -177,8 +177,8 @@ impl Engine {
                 self.publish(|stats, engine| stats.trainers = engine.trainers.count());
                 let _ = reply.send(created);
             }
-            Command::ForwardBackward(id, batch, with_gradient, reply) => {
-                self.trainers.submit(id, *batch, with_gradient, reply, &self.model);
+            Command::Pass(id, batch, kind, reply) => {
+                self.trainers.submit(id, *batch, kind, reply, &self.model);
             }
             Command::OptimStep(id, parameters, reply) => {
                 let began = Instant::now();

@@ -53,6 +53,11 @@ impl Sampler {
         sampler
     }
 
+    /// What the tokens are drawn with; 0 when greedy.
+    pub fn temperature(&self) -> f32 {
+        self.sampling.temperature
+    }
+
     /// Chooses the next token; `logits` is used up. `None` when the row holds no finite maximum.
     pub fn next(&mut self, logits: &mut [f32]) -> Option<u32> {
         let penalty = self.sampling.repetition_penalty;
@@ -161,22 +166,30 @@ fn plausible(logits: &[f32], top_p: f32, weight: &impl Fn(f32) -> f64) -> Vec<Ca
     candidates.filter(|c| weight(c.logit) >= least).collect()
 }
 
-/// Log-probabilities of the model's own distribution: of `chosen`, and of the `top` most likely tokens.
-pub fn logprobs(logits: &[f32], chosen: u32, top: usize) -> PositionLogprobs {
-    let normalizer = log_sum_exp(logits);
+/// Log-probabilities of the model's own distribution: of `chosen`, and of the `top` most likely tokens; and that of
+/// `chosen` at the temperature that it was drawn with.
+pub fn logprobs(logits: &[f32], chosen: u32, top: usize, temperature: f32) -> PositionLogprobs {
+    let normalizer = log_sum_exp(logits, 1.0);
     let of = |logit: f32| (logit as f64 - normalizer) as f32;
     let mut best = if top == 0 { Vec::new() } else { largest(logits, top) };
     best.sort_unstable_by(|a, b| b.cmp(a));
+    let logit = logits[chosen as usize];
+    let sampled = match f64::from(temperature) {
+        0.0 => 0.0,
+        1.0 => of(logit),
+        temperature => (logit as f64 / temperature - log_sum_exp(logits, temperature)) as f32,
+    };
     PositionLogprobs {
-        chosen: of(logits[chosen as usize]),
+        chosen: of(logit),
+        sampled,
         top: best.iter().map(|c| TokenLogprob { token: c.token, logprob: of(c.logit) }).collect(),
     }
 }
 
-/// ln Σ exp, in f64.
-fn log_sum_exp(logits: &[f32]) -> f64 {
+/// ln Σ exp(logit / temperature), in f64.
+fn log_sum_exp(logits: &[f32], temperature: f64) -> f64 {
     let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
-    best + logits.iter().map(|&l| (l as f64 - best).exp()).sum::<f64>().ln()
+    best / temperature + logits.iter().map(|&l| ((l as f64 - best) / temperature).exp()).sum::<f64>().ln()
 }
 
 #[cfg(test)]
@@ -238,8 +251,12 @@ mod tests {
     #[test]
     fn logprobs_are_those_of_the_softmax() {
         let logits: Vec<f32> = [0.5f32, 0.25, 0.25].iter().map(|p| p.ln() + 3.0).collect();
-        let found = logprobs(&logits, 1, 2);
+        let found = logprobs(&logits, 1, 2, 0.5);
         assert!((found.chosen - 0.25f32.ln()).abs() < 1e-6);
+        // At temperature 1/2 probabilities are squared: 1/16 of 1/4 + 1/16 + 1/16.
+        assert!((found.sampled - (1.0f32 / 6.0).ln()).abs() < 1e-6);
+        assert_eq!(logprobs(&logits, 1, 0, 1.0).sampled, found.chosen);
+        assert_eq!(logprobs(&logits, 0, 0, 0.0).sampled, 0.0);
         assert_eq!(found.top.iter().map(|t| t.token).collect::<Vec<_>>(), vec![0, 1]);
         assert!((found.top[0].logprob - 0.5f32.ln()).abs() < 1e-6);
     }

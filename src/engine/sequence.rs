@@ -136,7 +136,7 @@ impl Sequence {
             },
             Work::Score { from, logprobs: scores, reply } => {
                 for (i, row) in rows.iter().enumerate() {
-                    scores.push(logprobs(row, self.tokens[start + i + 1], 0).chosen);
+                    scores.push(logprobs(row, self.tokens[start + i + 1], 0, 1.0).chosen);
                 }
                 if scores.len() + *from < self.tokens.len() {
                     return Progress::Continues;
@@ -168,7 +168,8 @@ impl Answer {
             self.send(Event::Failed(EngineError::Device(reason.into())));
             return Progress::Ended;
         };
-        let position = unchanged.map(|row| logprobs(&row, token, self.top_logprobs.unwrap_or(0)));
+        let top = self.top_logprobs.unwrap_or(0);
+        let position = unchanged.map(|row| logprobs(&row, token, top, self.sampler.temperature()));
         self.first_token.get_or_insert(now);
         tokens.push(token);
         let new = tokens.len() - self.prompt_tokens;

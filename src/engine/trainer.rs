@@ -12,8 +12,8 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use super::EngineError;
 use super::command::{Reply, TrainerId};
 use super::training::{
-    LossScale, PassReport, Phases, StepParameters, StepReport, TrainBatch, TrainerSnapshot, TrainerSpec,
-    TrainingPlan, adamw_step,
+    LossScale, PassKind, PassReport, Phases, StepParameters, StepReport, TrainBatch, TrainSequence,
+    TrainerSnapshot, TrainerSpec, TrainingPlan, adamw_step,
 };
 use super::training_plan::loss_positions;
 use crate::model::decoder::Decoder;
@@ -44,13 +44,14 @@ pub(super) struct Piece {
 
 struct Waiting {
     batch: TrainBatch,
-    with_gradient: bool,
+    kind: PassKind,
     reply: Reply<PassReport>,
 }
 
 struct Running {
     pass: Pass,
-    with_gradient: bool,
+    kind: PassKind,
+    normalizer: Option<f64>,
     reply: Reply<PassReport>,
     seconds: f64,
 }
@@ -63,7 +64,8 @@ struct Trainer {
     /// The values of `parameters`, as passes take them.
     sites: Arc<TrainSites>,
     gradients: Gradients,
-    weight_sum: f64,
+    /// What the next step divides by.
+    normalizer: f64,
     passes: usize,
     steps: u64,
     loss_scale: LossScale,
@@ -108,7 +110,7 @@ impl Trainers {
         &mut self,
         id: TrainerId,
         batch: TrainBatch,
-        with_gradient: bool,
+        kind: PassKind,
         reply: Reply<PassReport>,
         model: &Decoder,
     ) {
@@ -117,7 +119,7 @@ impl Trainers {
             Some(trainer) => check(&batch, &trainer.plan, model.spec().vocab_size),
         };
         match (checked, self.all.get_mut(&id)) {
-            (Ok(()), Some(trainer)) => trainer.waiting.push_back(Waiting { batch, with_gradient, reply }),
+            (Ok(()), Some(trainer)) => trainer.waiting.push_back(Waiting { batch, kind, reply }),
             (Err(error), _) => drop(reply.send(Err(error))),
             (Ok(()), None) => drop(reply.send(Err(unknown()))),
         }
@@ -218,6 +220,16 @@ fn check(batch: &TrainBatch, plan: &TrainingPlan, vocabulary: usize) -> std::res
     if batch.sequences.iter().any(|s| s.tokens.len() != s.weights.len() || s.tokens.len() < 2) {
         return bad("sequences", "must each hold at least two tokens, and as many weights".into());
     }
+    if !(batch.temperature.is_finite() && batch.temperature > 0.0) {
+        return bad("temperature", format!("is {}; it must be above 0", batch.temperature));
+    }
+    if batch.normalizer.is_some_and(|normalizer| !normalizer.is_finite()) {
+        return bad("normalizer", "must be a finite number".into());
+    }
+    let compared = |s: &TrainSequence| s.policy.len() == s.tokens.len();
+    if batch.loss.is_policy() && !batch.sequences.iter().all(compared) {
+        return bad("policy", "must hold as many as there are tokens, for this loss".into());
+    }
     if tokens > plan.tokens_per_pass {
         let message = format!("hold {tokens} tokens, and the plan is for {}", plan.tokens_per_pass);
         return bad("sequences", message);
@@ -250,7 +262,7 @@ impl Trainer {
             parameters,
             sites: Arc::default(),
             gradients: Vec::new(),
-            weight_sum: 0.0,
+            normalizer: 0.0,
             passes: 0,
             steps: 0,
             loss_scale: LossScale { factor, good_steps: 0 },
@@ -273,7 +285,7 @@ impl Trainer {
 
     fn clear_gradients(&mut self) {
         self.gradients = self.sites.iter().map(|_| None).collect();
-        self.weight_sum = 0.0;
+        self.normalizer = 0.0;
         self.passes = 0;
     }
 
@@ -306,20 +318,26 @@ impl Trainer {
     }
 
     fn begin(&mut self, model: &Decoder) -> std::result::Result<(), (candle_core::Error, Reply<PassReport>)> {
-        let Some(Waiting { batch, with_gradient, reply }) = self.waiting.pop_front() else { return Ok(()) };
+        let Some(Waiting { batch, kind, reply }) = self.waiting.pop_front() else { return Ok(()) };
         let settings = PassSettings {
-            gradient_scale: with_gradient.then_some(self.loss_scale.factor),
+            gradient_scale: (kind == PassKind::Learn).then_some(self.loss_scale.factor),
             kept_layers: self.plan.kept_layers,
             loss_positions: loss_positions(model.spec().vocab_size),
             dropout: self.spec.lora.dropout,
             key: mix64(self.spec.lora.seed ^ mix64(batch.pass)),
             loss: batch.loss,
+            temperature: batch.temperature,
             base_learns: false,
         };
-        let sequences = batch.sequences.iter().map(|s| (s.tokens.as_slice(), s.weights.as_slice()));
-        match Pass::begin(model, self.sites.clone(), sequences, settings) {
+        let sequences = batch.sequences.iter().map(|s| (&s.tokens[..], &s.weights[..], &s.policy[..]));
+        let sites = match kind {
+            PassKind::Learn | PassKind::Evaluate => self.sites.clone(),
+            PassKind::EvaluateBase => Arc::new(self.sites.iter().map(|_| None).collect()),
+        };
+        match Pass::begin(model, sites, sequences, settings) {
             Ok(pass) => {
-                self.running = Some(Running { pass, with_gradient, reply, seconds: 0.0 });
+                let normalizer = batch.normalizer;
+                self.running = Some(Running { pass, kind, normalizer, reply, seconds: 0.0 });
                 Ok(())
             }
             Err(error) => Err((error, reply)),
@@ -327,7 +345,8 @@ impl Trainer {
     }
 
     fn end(&mut self, running: Running) -> Piece {
-        let Running { pass, with_gradient, reply, seconds } = running;
+        let Running { pass, kind, normalizer, reply, seconds } = running;
+        let with_gradient = kind == PassKind::Learn;
         let (loss_sum, weight_sum) = pass.sums();
         let of = pass.seconds();
         let report = PassReport {
@@ -336,13 +355,14 @@ impl Trainer {
             supervised: pass.supervised(),
             tokens: pass.tokens(),
             logprobs: pass.logprobs(),
+            policy: pass.figures(),
             seconds,
             phases: Phases { forward: of.forward, loss: of.loss, backward: of.backward, optimizer: 0.0 },
         };
         let piece = Piece { tokens: pass.tokens() };
         let added = if with_gradient { self.add(pass.into_gradients()) } else { Ok(()) };
         if with_gradient && added.is_ok() {
-            self.weight_sum += weight_sum;
+            self.normalizer += normalizer.unwrap_or(weight_sum);
             self.passes += 1;
         }
         if reply.send(added.map(|()| report).map_err(device)).is_err() {
@@ -365,7 +385,7 @@ impl Trainer {
     fn step(&mut self, by: StepParameters) -> Result<StepReport> {
         let began = Instant::now();
         let tensors = self.gradients.iter().flatten().flat_map(|g| [&g.a, &g.b]);
-        let divisor = self.weight_sum.abs().max(f64::MIN_POSITIVE) * self.loss_scale.factor;
+        let divisor = self.normalizer.abs().max(f64::MIN_POSITIVE) * self.loss_scale.factor;
         let grad_norm = squared_norm(tensors)?.sqrt() / divisor;
         let used_scale = self.loss_scale.factor;
         let skipped = !grad_norm.is_finite();

@@ -6,7 +6,7 @@ use tokio::sync::oneshot;
 
 use super::command::{Command, Reply, TrainerId};
 use super::training::{
-    PassReport, StepParameters, StepReport, TrainBatch, TrainerSnapshot, TrainerSpec, TrainingPlan,
+    PassKind, PassReport, StepParameters, StepReport, TrainBatch, TrainerSnapshot, TrainerSpec, TrainingPlan,
 };
 use super::{AdapterHandle, EngineError, EngineHandle};
 use crate::nn::lora::LoraWeights;
@@ -77,7 +77,7 @@ impl Trainer {
     /// # Errors
     /// More tokens than planned, no weight but 0, an unknown token; what the device reports.
     pub async fn forward_backward(&self, batch: TrainBatch) -> Result<PassReport, EngineError> {
-        self.ask(|reply| Command::ForwardBackward(self.guard.id, Box::new(batch), true, reply)).await
+        self.pass(batch, PassKind::Learn).await
     }
 
     /// Loss and log-probabilities without a gradient and without dropout.
@@ -85,10 +85,22 @@ impl Trainer {
     /// # Errors
     /// As [`Trainer::forward_backward`].
     pub async fn evaluate(&self, batch: TrainBatch) -> Result<PassReport, EngineError> {
-        self.ask(|reply| Command::ForwardBackward(self.guard.id, Box::new(batch), false, reply)).await
+        self.pass(batch, PassKind::Evaluate).await
     }
 
-    /// Divides the gradient by the sum of all weights since the last step, clips it and takes an AdamW step.
+    /// The same of the base model, as if there were no adapter: one copy of the weights serves as its own reference.
+    ///
+    /// # Errors
+    /// As [`Trainer::forward_backward`].
+    pub async fn evaluate_base(&self, batch: TrainBatch) -> Result<PassReport, EngineError> {
+        self.pass(batch, PassKind::EvaluateBase).await
+    }
+
+    async fn pass(&self, batch: TrainBatch, kind: PassKind) -> Result<PassReport, EngineError> {
+        self.ask(|reply| Command::Pass(self.guard.id, Box::new(batch), kind, reply)).await
+    }
+
+    /// Divides the gradient by the sum of the normalizers since the last step, clips it and takes an AdamW step.
     ///
     /// # Errors
     /// No pass since the last step; what the device reports.

@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 
-use crate::nn::loss::TokenLoss;
+use crate::nn::loss::{PolicyToken, TokenLoss};
 use crate::nn::optim::AdamWStep;
+use crate::nn::policy::PolicyFigures;
 
 /// A LoRA adapter to train (Hu et al. 2021).
 #[derive(Debug, Clone, PartialEq)]
@@ -121,6 +122,15 @@ pub struct TrainSequence {
     /// Weight of predicting `tokens[i]` from those before it; 0 where it is not supervised, as always at 0. As
     /// many as tokens.
     pub weights: Vec<f32>,
+    /// What the loss of a policy compares each token with: as many as tokens; empty for other losses.
+    pub policy: Vec<PolicyToken>,
+}
+
+impl TrainSequence {
+    /// Tokens with their weights, for a loss that compares with nothing.
+    pub fn new(tokens: Vec<u32>, weights: Vec<f32>) -> Self {
+        Self { tokens, weights, policy: Vec::new() }
+    }
 }
 
 /// One pass: sequences that are worked on together, attention and positions kept apart.
@@ -130,8 +140,30 @@ pub struct TrainBatch {
     pub sequences: Vec<TrainSequence>,
     /// What is minimised.
     pub loss: TokenLoss,
+    /// What logits are divided by, so that log-probabilities are of the distribution that was sampled from; above 0.
+    pub temperature: f64,
+    /// What the pass adds to the number that the step divides the gradient by; `None` is the sum of its weights.
+    pub normalizer: Option<f64>,
     /// Names this pass among all of the job; dropout draws from it.
     pub pass: u64,
+}
+
+impl TrainBatch {
+    /// Cross-entropy over these, at the model's own temperature, a mean over the weights.
+    pub fn cross_entropy(sequences: Vec<TrainSequence>, pass: u64) -> Self {
+        Self { sequences, loss: TokenLoss::CrossEntropy, temperature: 1.0, normalizer: None, pass }
+    }
+}
+
+/// What a pass is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PassKind {
+    /// Its gradient is kept for the next step.
+    Learn,
+    /// Losses and log-probabilities of the adapter as it is, without dropout.
+    Evaluate,
+    /// The same of the base model, as if there were no adapter.
+    EvaluateBase,
 }
 
 /// What a pass found.
@@ -147,6 +179,8 @@ pub struct PassReport {
     pub tokens: usize,
     /// ln p of every token of every sequence given those before it; 0 where it is not supervised.
     pub logprobs: Vec<Vec<f32>>,
+    /// What a policy's loss met on its way; `None` for other losses.
+    pub policy: Option<PolicyFigures>,
     /// Seconds of the engine's time.
     pub seconds: f64,
     /// The same by phase.

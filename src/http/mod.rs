@@ -20,6 +20,7 @@ mod openai;
 mod openapi;
 mod rl_collect;
 mod rl_fields;
+mod rl_train;
 mod rl_uploads;
 mod sources;
 mod sse;
@@ -35,6 +36,7 @@ use utoipa_axum::routes;
 
 pub use error::{ApiError, ErrorBody, ErrorDetail, ErrorType};
 pub use rl_collect::COLLECT_KIND;
+pub use rl_train::RL_KIND;
 pub use state::{AppState, GenerationDefaults, HttpSettings};
 pub use train::TRAIN_KIND;
 
@@ -55,6 +57,7 @@ fn table() -> OpenApiRouter<AppState> {
         .routes(routes!(openai::fine_tuning::events))
         .routes(routes!(openai::fine_tuning::checkpoints))
         .routes(routes!(train::train_lite))
+        .routes(routes!(rl_train::rl_train))
         .routes(routes!(jobs::list))
         .routes(routes!(jobs::status))
         .routes(routes!(jobs::log))
@@ -180,6 +183,7 @@ mod tests {
         let document = serde_json::to_value(table().into_openapi()).expect("is JSON");
         for (path, method, statuses) in [
             ("/adapter/train-lite", "post", &["400", "404", "409", "413", "415", "422", "503"][..]),
+            ("/rl/train", "post", &["400", "404", "409", "413", "415", "422", "503"]),
             ("/adapter/status/{job_id}", "get", &["404", "503"]),
             ("/adapter/cancel/{job_id}", "post", &["404", "409", "503"]),
             ("/adapter/resume/{job_id}", "post", &["404", "409", "503"]),

@@ -11,6 +11,7 @@ use crate::engine::EngineHandle;
 use crate::jobs::Jobs;
 use crate::model::tokenizer::Tokenizer;
 use crate::rl::Collector;
+use crate::rl::learn::RlContext;
 use crate::rl::outbox::Outbox;
 use crate::train;
 
@@ -31,6 +32,8 @@ pub struct AppState {
     pub training: Arc<train::Context>,
     /// Collects and logs episodes.
     pub collector: Collector,
+    /// What jobs that learn from rewards work with, to check one before it is accepted.
+    pub learning: Arc<RlContext>,
     /// Resolved settings of this surface.
     pub settings: Arc<HttpSettings>,
     /// Renders what `/metrics` answers.

@@ -140,7 +140,7 @@ fn stands_alone(request: &TrainLite) -> Result<(), ApiError> {
 }
 
 /// In this request the job is called `resume_from`.
-fn of_resumed(error: JobsError) -> ApiError {
+pub(super) fn of_resumed(error: JobsError) -> ApiError {
     match error {
         error @ (JobsError::NotFound { .. } | JobsError::WrongState { .. }) => {
             ApiError::from(error).param("resume_from")
@@ -266,7 +266,7 @@ pub(super) fn adapter_config(
     })
 }
 
-fn check_adapter_name(state: &AppState, name: &str) -> Result<(), ApiError> {
+pub(super) fn check_adapter_name(state: &AppState, name: &str) -> Result<(), ApiError> {
     check_name(name).map_err(|error| ApiError::from(error).param("adapter_name"))?;
     let reason = if RESERVED.contains(&name) {
         "has a meaning of its own in this interface"

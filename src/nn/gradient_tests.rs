@@ -9,7 +9,7 @@ use super::Activation;
 use super::attention::{AttentionSpec, alibi_slopes, attend_rows, attend_rows_backward};
 use super::linear::Linear;
 use super::lora::TrainSite;
-use super::loss::{LossChunk, Outcome, Positions, TokenLoss};
+use super::loss::{LossChunk, Outcome, PolicyToken, Positions, TokenLoss};
 use super::norm::Norm;
 use super::ops::composed;
 use super::ops::dropout::Dropout;
@@ -197,6 +197,7 @@ fn the_loss_of_some_positions() -> Result<()> {
     let positions = Positions {
         targets: targets.clone(),
         weights: weights.clone(),
+        policy: Vec::new(),
         loss: TokenLoss::CrossEntropy,
         logits_divisor: 1.5,
         gradient_scale: Some(1.0),
@@ -230,7 +231,35 @@ fn the_loss_of_some_positions() -> Result<()> {
     let other = composed(|| through(&positions, &hidden))?;
     close(&gradient, &other.gradient.expect("asked for"), 1e-5, "loss");
     assert!(outcome.logprobs.iter().zip(&other.logprobs).all(|(a, b)| (a - b).abs() < 1e-5));
-    let alone = through(&Positions { gradient_scale: None, ..positions }, &hidden)?;
+    let alone = through(&Positions { gradient_scale: None, ..positions.clone() }, &hidden)?;
     assert!(alone.gradient.is_none() && alone.logprobs == outcome.logprobs);
+    assert!(outcome.entropies.is_empty() && other.entropies.is_empty());
+
+    // Ratios on both sides of 1, most outside of the bounds.
+    let token = |i: usize| PolicyToken {
+        old: outcome.logprobs[i] + 0.15 * (i as f32 - 4.0),
+        advantage: if i % 3 == 0 { -1.2 } else { 0.8 },
+        reference: outcome.logprobs[i] + 0.2,
+    };
+    for loss in [
+        TokenLoss::ImportanceSampling { kl: 0.0 },
+        TokenLoss::ImportanceSampling { kl: 0.5 },
+        TokenLoss::PpoClip { low: 0.2, high: 0.3, kl: 0.0 },
+        TokenLoss::PpoClip { low: 0.2, high: 0.3, kl: 0.5 },
+    ] {
+        let positions = Positions { loss, policy: (0..count).map(token).collect(), ..positions.clone() };
+        let outcome = through(&positions, &hidden)?;
+        let gradient = outcome.gradient.clone().expect("asked for");
+        slope_is_right(&format!("{loss:?}"), &hidden, &gradient, &one, |x| {
+            Tensor::from_vec(vec![through(&positions, x)?.loss_sum as f32], 1, &Device::Cpu)
+        })?;
+        let other = composed(|| through(&positions, &hidden))?;
+        close(&gradient, &other.gradient.expect("asked for"), 1e-5, "loss");
+        for (i, row) in exact.iter().enumerate() {
+            let entropy: f32 = row.iter().map(|l| -l * l.exp()).sum();
+            assert!((entropy - outcome.entropies[i]).abs() < 1e-4, "{entropy} {}", outcome.entropies[i]);
+            assert!((entropy - other.entropies[i]).abs() < 1e-4);
+        }
+    }
     Ok(())
 }

@@ -8,28 +8,14 @@ use super::linear::Linear;
 use super::ops::gemm::at_b;
 use super::ops::math::{exp, lane_sum};
 use super::ops::{Shared, f32_view, has_kernels, multiversion, parallel_rows};
-
-/// A loss a token. Each gives its value and its derivative by ln p, which is all that the kernel needs: another
-/// loss is another variant with what it compares with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TokenLoss {
-    /// -ln p.
-    CrossEntropy,
-}
-
-impl TokenLoss {
-    /// The loss at this log-probability, and its derivative by it.
-    pub fn at(self, logprob: f32) -> (f32, f32) {
-        match self {
-            Self::CrossEntropy => (-logprob, -1.0),
-        }
-    }
-}
+pub use super::policy::{PolicyToken, TokenLoss};
 
 /// What some positions gave.
 pub(crate) struct Outcome {
     /// ln p of each position's target.
     pub(crate) logprobs: Vec<f32>,
+    /// Entropy of each position's distribution, in nats, where the loss is a policy's; else empty.
+    pub(crate) entropies: Vec<f32>,
     /// Σ weight · loss.
     pub(crate) loss_sum: f64,
     /// By the hidden states, `[positions, hidden]`, in their type.
@@ -45,6 +31,8 @@ pub(crate) struct Positions {
     pub(crate) targets: Vec<u32>,
     /// Weight of each one's loss.
     pub(crate) weights: Vec<f32>,
+    /// What a policy's loss compares with, a token each; empty for the others.
+    pub(crate) policy: Vec<PolicyToken>,
     /// The loss.
     pub(crate) loss: TokenLoss,
     /// What logits are divided by.
@@ -71,6 +59,8 @@ pub(crate) struct LossChunk {
     most: Vec<f32>,
     logprobs: Vec<f32>,
     sums: Vec<f32>,
+    /// Σ e·ln e over the exponentials e of each position; empty where no entropy is wanted.
+    moments: Vec<f32>,
     loss_sum: f64,
     /// Derivative of each position's share of the loss by its target's logit.
     slopes: Vec<f32>,
@@ -93,8 +83,10 @@ impl LossChunk {
         let count = positions.targets.len();
         let per_word = (count * head.weight().columns()).max(1);
         let band = (PIECE / per_word).max(256).next_multiple_of(32).min(head.weight().rows().max(1));
+        let moments = if positions.loss.is_policy() { vec![0.0; count] } else { Vec::new() };
         Self {
             positions,
+            moments,
             hidden,
             band,
             bands: Vec::new(),
@@ -164,7 +156,9 @@ impl LossChunk {
 
     fn outcome(&mut self, gradient: Option<Tensor>) -> Outcome {
         let logprobs = std::mem::take(&mut self.logprobs);
-        Outcome { logprobs, loss_sum: self.loss_sum, gradient, by_head: None }
+        let entropy = |(moment, sum): (&f32, &f32)| sum.ln() - moment / sum;
+        let entropies = self.moments.iter().zip(&self.sums).map(entropy).collect();
+        Outcome { logprobs, entropies, loss_sum: self.loss_sum, gradient, by_head: None }
     }
 
     /// Keeps a band's logits, and the largest that each position has seen.
@@ -188,7 +182,9 @@ impl LossChunk {
     fn exponentials(&mut self) {
         let count = self.logprobs.len();
         let (band, most, targets) = (self.band, &self.most, &self.positions.targets);
+        let with_entropy = !self.moments.is_empty();
         let (to_logprobs, to_sums) = (Shared::new(&mut self.logprobs), Shared::new(&mut self.sums));
+        let to_moments = Shared::new(&mut self.moments);
         for (number, logits) in self.bands.iter_mut().enumerate() {
             let words = logits.len() / count.max(1);
             let all = Shared::new(logits);
@@ -205,6 +201,11 @@ impl LossChunk {
                     let target = targets[row] as usize;
                     if target / band == number {
                         logprob[0] = logits[target % band] - most[row];
+                    }
+                    if with_entropy {
+                        // SAFETY: as above.
+                        let moment = unsafe { to_moments.part(row..row + 1) };
+                        moment[0] += moment_of(logits, most[row]);
                     }
                     sum[0] += exponentials(logits, most[row]);
                 }
@@ -248,16 +249,22 @@ impl Positions {
         let exponentials = centred.exp()?;
         let sums = exponentials.sum_keepdim(D::Minus1)?;
         let logprobs = (centred.gather(&targets, D::Minus1)? - sums.log()?)?.squeeze(1)?.to_vec1::<f32>()?;
+        let entropies = if self.loss.is_policy() {
+            let moments = (&exponentials * &centred)?.sum_keepdim(D::Minus1)?;
+            (sums.log()? - (moments / &sums)?)?.squeeze(1)?.to_vec1::<f32>()?
+        } else {
+            Vec::new()
+        };
         let (loss_sum, slopes) = self.losses(&logprobs);
         if self.gradient_scale.is_none() {
-            return Ok(Outcome { logprobs, loss_sum, gradient: None, by_head: None });
+            return Ok(Outcome { logprobs, entropies, loss_sum, gradient: None, by_head: None });
         }
         let slopes = (Tensor::new(slopes, hidden.device())?.unsqueeze(1)? * inverse)?;
         let spread = exponentials.broadcast_div(&sums)?.broadcast_mul(&slopes.neg()?)?;
         let by_logits = spread.scatter_add(&targets, &slopes, D::Minus1)?.to_dtype(hidden.dtype())?;
         let (gradient, _) = head.train_backward(hidden, None, &by_logits, None, None, true)?;
         let by_head = self.head_learns.then(|| head.weight_gradient(hidden, &by_logits)).transpose()?;
-        Ok(Outcome { logprobs, loss_sum, gradient, by_head })
+        Ok(Outcome { logprobs, entropies, loss_sum, gradient, by_head })
     }
 
     /// Σ weight · loss, and the derivative of each position's share by its log-probability, scaled.
@@ -267,8 +274,10 @@ impl Positions {
         let slopes = logprobs
             .iter()
             .zip(&self.weights)
-            .map(|(&logprob, &weight)| {
-                let (loss, slope) = self.loss.at(logprob);
+            .enumerate()
+            .map(|(at, (&logprob, &weight))| {
+                let token = self.policy.get(at).copied().unwrap_or_default();
+                let (loss, slope) = self.loss.at(logprob, token);
                 sum += weight as f64 * loss as f64;
                 weight * slope * scale
             })
@@ -299,6 +308,16 @@ multiversion! {
             *x = exp(*x - most);
         }
         lane_sum(row.len(), |j, acc| acc + row[j])
+    }
+}
+
+multiversion! {
+    /// Σ e·ln e over a row's exponentials e, from its logits.
+    fn moment_of(row: &[f32], most: f32) -> f32 {
+        lane_sum(row.len(), |j, acc| {
+            let centred = row[j] - most;
+            acc + exp(centred) * centred
+        })
     }
 }
 

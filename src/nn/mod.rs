@@ -10,6 +10,7 @@ pub mod loss;
 pub mod norm;
 pub(crate) mod ops;
 pub(crate) mod optim;
+pub mod policy;
 pub mod quant;
 pub mod rope;
 

@@ -411,7 +411,7 @@ pub fn new_episode(
 }
 
 /// A reward that could not be had is null with its reason, and never 0.
-fn rewarded(episode: &mut Episode, reward: Result<Reward, RewardError>) {
+pub(super) fn rewarded(episode: &mut Episode, reward: Result<Reward, RewardError>) {
     match reward {
         Ok(Reward { total, parts }) => (episode.reward, episode.meta.rewards) = (Some(total), parts),
         Err(error) => episode.meta.reward_error = Some(error.to_string()),

@@ -304,9 +304,8 @@ fn pending_json(pending: &[TrainSequence]) -> io::Result<Vec<u8>> {
 
 fn pending_from(json: &[u8]) -> serde_json::Result<Vec<TrainSequence>> {
     let pairs: Vec<(Vec<u32>, Vec<u32>)> = serde_json::from_slice(json)?;
-    let sequence = |(tokens, bits): (Vec<u32>, Vec<u32>)| TrainSequence {
-        tokens,
-        weights: bits.into_iter().map(f32::from_bits).collect(),
+    let sequence = |(tokens, bits): (Vec<u32>, Vec<u32>)| {
+        TrainSequence::new(tokens, bits.into_iter().map(f32::from_bits).collect())
     };
     Ok(pairs.into_iter().map(sequence).collect())
 }

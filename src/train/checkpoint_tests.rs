@@ -51,7 +51,7 @@ fn checkpoint(step: u64) -> Checkpoint {
             loss_scale: LossScale { factor: 32768.0, good_steps: 17 },
         },
         dataset: vec![0, 255, 10, 13],
-        pending: vec![TrainSequence { tokens: vec![1, 2, 3], weights: vec![0.0, 0.1, 1.0] }],
+        pending: vec![TrainSequence::new(vec![1, 2, 3], vec![0.0, 0.1, 1.0])],
     }
 }
 

@@ -447,18 +447,29 @@ pub fn pack(
     tokens_per_pass: usize,
     sequences_per_pass: usize,
 ) -> Vec<Vec<TrainSequence>> {
-    let mut passes: Vec<(usize, Vec<TrainSequence>)> = Vec::new();
-    for sequence in batch {
-        let tokens = sequence.tokens.len();
-        let fits = |(used, pass): &&mut (usize, Vec<TrainSequence>)| {
+    let lengths = batch.iter().map(|sequence| sequence.tokens.len());
+    let places = pack_places(lengths, tokens_per_pass, sequences_per_pass);
+    let mut batch: Vec<Option<TrainSequence>> = batch.into_iter().map(Some).collect();
+    places.iter().map(|pass| pass.iter().filter_map(|&at| batch[at].take()).collect()).collect()
+}
+
+/// The same by the sequences' lengths: the places of those that each pass takes.
+pub(crate) fn pack_places(
+    lengths: impl IntoIterator<Item = usize>,
+    tokens_per_pass: usize,
+    sequences_per_pass: usize,
+) -> Vec<Vec<usize>> {
+    let mut passes: Vec<(usize, Vec<usize>)> = Vec::new();
+    for (place, tokens) in lengths.into_iter().enumerate() {
+        let fits = |(used, pass): &&mut (usize, Vec<usize>)| {
             used.saturating_add(tokens) <= tokens_per_pass && pass.len() < sequences_per_pass
         };
         match passes.iter_mut().find(fits) {
             Some((used, pass)) => {
                 *used += tokens;
-                pass.push(sequence);
+                pass.push(place);
             }
-            None => passes.push((tokens, vec![sequence])),
+            None => passes.push((tokens, vec![place])),
         }
     }
     passes.into_iter().map(|(_, pass)| pass).collect()

@@ -11,7 +11,6 @@ use super::template::{Examples, Made, Shape};
 use crate::engine::training::{PassReport, TrainBatch, TrainSequence};
 use crate::engine::{AdapterHandle, EngineError, EngineHandle, ScoreRequest, Trainer};
 use crate::model::tokenizer::Tokenizer;
-use crate::nn::loss::TokenLoss;
 
 /// Sums over examples; those of several groups are added up.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -92,7 +91,7 @@ pub async fn evaluate(
                 if stopping() {
                     return Ok(None);
                 }
-                let batch = TrainBatch { sequences, loss: TokenLoss::CrossEntropy, pass: number as u64 };
+                let batch = TrainBatch::cross_entropy(sequences, number as u64);
                 sums.add(&Sums::of(&trainer.evaluate(batch).await?));
             }
         }
@@ -169,7 +168,7 @@ mod tests {
     use super::*;
 
     fn sample(weights: &[f32]) -> TrainSequence {
-        TrainSequence { tokens: (1..=weights.len() as u32).collect(), weights: weights.to_vec() }
+        TrainSequence::new((1..=weights.len() as u32).collect(), weights.to_vec())
     }
 
     #[test]

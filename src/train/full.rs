@@ -40,7 +40,8 @@ pub struct FullTrainer {
     names: BTreeMap<BaseParameter, String>,
     parameters: BTreeMap<BaseParameter, Parameter>,
     gradients: BaseGradients,
-    weight_sum: f64,
+    /// What the next step divides by.
+    normalizer: f64,
     steps: u64,
 }
 
@@ -58,7 +59,7 @@ impl FullTrainer {
             parameters.insert(id, Parameter::new(value)?);
         }
         let gradients = BaseGradients::new();
-        Ok(Self { model, adamw, names, parameters, gradients, weight_sum: 0.0, steps: 0 })
+        Ok(Self { model, adamw, names, parameters, gradients, normalizer: 0.0, steps: 0 })
     }
 
     /// Writes `model.safetensors` with first weights beside the `config.json` of a folder: normal with deviation
@@ -116,7 +117,7 @@ impl FullTrainer {
             joined.collect()
         });
         let mut reports = Vec::with_capacity(done.len());
-        for done in done {
+        for (done, batch) in done.into_iter().zip(batches) {
             let (report, gradients) = done?;
             for (id, part) in gradients {
                 let sum = match self.gradients.remove(&id) {
@@ -125,7 +126,7 @@ impl FullTrainer {
                 };
                 self.gradients.insert(id, sum);
             }
-            self.weight_sum += report.weight_sum;
+            self.normalizer += batch.normalizer.unwrap_or(report.weight_sum);
             reports.push(report);
         }
         Ok(reports)
@@ -147,10 +148,11 @@ impl FullTrainer {
             dropout: 0.0,
             key: 0,
             loss: batch.loss,
+            temperature: batch.temperature,
             base_learns: learn,
         };
         let sites = Arc::new(self.model.sites().iter().map(|_| None).collect());
-        let sequences = batch.sequences.iter().map(|s| (s.tokens.as_slice(), s.weights.as_slice()));
+        let sequences = batch.sequences.iter().map(|s| (&s.tokens[..], &s.weights[..], &s.policy[..]));
         let mut pass = Pass::begin(&self.model, sites, sequences, settings)?;
         ensure!(pass.supervised() > 0, "the batch has no weight but 0: there is nothing to learn in it");
         while pass.advance(&self.model)? {}
@@ -162,13 +164,14 @@ impl FullTrainer {
             supervised: pass.supervised(),
             tokens: pass.tokens(),
             logprobs: pass.logprobs(),
+            policy: pass.figures(),
             seconds: of.forward + of.loss + of.backward,
             phases: Phases { forward: of.forward, loss: of.loss, backward: of.backward, optimizer: 0.0 },
         };
         Ok((report, pass))
     }
 
-    /// Divides the gradient by the sum of all weights since the last step, clips it and takes an AdamW step.
+    /// Divides the gradient by the sum of the normalizers since the last step, clips it and takes an AdamW step.
     /// Norms and embeddings do not decay. A gradient that is not finite changes nothing.
     ///
     /// # Errors
@@ -176,7 +179,7 @@ impl FullTrainer {
     pub fn optim_step(&mut self, by: StepParameters) -> Result<StepReport> {
         ensure!(!self.gradients.is_empty(), "there is no gradient; make a pass before a step");
         let began = std::time::Instant::now();
-        let divisor = self.weight_sum.abs().max(f64::MIN_POSITIVE);
+        let divisor = self.normalizer.abs().max(f64::MIN_POSITIVE);
         let grad_norm = squared_norm(self.gradients.values())?.sqrt() / divisor;
         let skipped = !grad_norm.is_finite();
         if !skipped {
@@ -192,7 +195,7 @@ impl FullTrainer {
             }
         }
         self.gradients.clear();
-        self.weight_sum = 0.0;
+        self.normalizer = 0.0;
         let seconds = began.elapsed().as_secs_f64();
         Ok(StepReport { grad_norm, skipped, steps: self.steps, loss_scale: 1.0, seconds })
     }
@@ -259,7 +262,7 @@ impl FullTrainer {
         }
         self.steps = tensors.get("steps").context("steps is missing")?.to_vec1::<i64>()?[0] as u64;
         self.gradients.clear();
-        self.weight_sum = 0.0;
+        self.normalizer = 0.0;
         Ok(Some(fs::read(folder.join(BESIDE))?))
     }
 

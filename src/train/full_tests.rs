@@ -4,7 +4,6 @@ use std::fs;
 
 use super::*;
 use crate::engine::training::TrainSequence;
-use crate::nn::loss::TokenLoss;
 
 const CONFIG: &str = r#"{"model_type": "llama", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu",
@@ -18,11 +17,12 @@ fn folder() -> tempfile::TempDir {
 }
 
 fn batch(seed: u32) -> TrainBatch {
-    let sequence = |length: u32| TrainSequence {
-        tokens: (0..length).map(|i| (i * 17 + seed * 5 + i * i) % 61).collect(),
-        weights: (0..length).map(|i| if i % 3 == 0 { 0.0 } else { 1.0 }).collect(),
+    let sequence = |length: u32| {
+        let tokens = (0..length).map(|i| (i * 17 + seed * 5 + i * i) % 61);
+        let weights = (0..length).map(|i| if i % 3 == 0 { 0.0 } else { 1.0 });
+        TrainSequence::new(tokens.collect(), weights.collect())
     };
-    TrainBatch { sequences: vec![sequence(9), sequence(14)], loss: TokenLoss::CrossEntropy, pass: 0 }
+    TrainBatch::cross_entropy(vec![sequence(9), sequence(14)], 0)
 }
 
 fn trainer(folder: &tempfile::TempDir) -> FullTrainer {

@@ -21,10 +21,9 @@ use crate::engine::training::{
     LoraSpec, StepParameters, TrainBatch, TrainSequence, TrainerSnapshot, TrainingPlan,
 };
 use crate::nn::lora::{LoraWeights, Site, SiteWeights};
-use crate::nn::loss::TokenLoss;
 
 /// Steps in a row without a finite loss and gradient after which a job has diverged.
-const DIVERGED: u32 = 10;
+pub(crate) const DIVERGED: u32 = 10;
 /// Steps over which the speed is measured.
 const WINDOW: usize = 20;
 
@@ -234,7 +233,7 @@ impl Run<'_> {
             }
             // Numbered by the step, so that a job that goes on draws what it would have drawn.
             let pass = (state.progress.step << 20) | number as u64;
-            let batch = TrainBatch { sequences, loss: TokenLoss::CrossEntropy, pass };
+            let batch = TrainBatch::cross_entropy(sequences, pass);
             found.add(&Sums::of(&self.trainer.forward_backward(batch).await?));
         }
         Ok(Some(found))
@@ -358,23 +357,7 @@ impl Run<'_> {
     }
 
     fn log_plan(&self) {
-        let (plan, layers) = (self.trainer.plan(), self.context.engine.info().layers);
-        let modules = self.trainer.spec().lora.sites.len();
-        self.reporter.log(format!(
-            "plan: {} for training ({} adapter with its moments, {} inputs of layers, {} kept, {} one layer, {} \
-             loss) beside {} of weights and cache, {} free; {} of {layers} layers kept; passes of up to {} tokens; \
-             {modules} modules",
-            mib(plan.training_bytes),
-            mib(plan.adapter_bytes),
-            mib(plan.hidden_bytes),
-            mib(plan.kept_bytes),
-            mib(plan.layer_bytes),
-            mib(plan.loss_bytes),
-            mib(plan.resident_bytes),
-            mib(plan.free_bytes),
-            plan.kept_layers,
-            plan.tokens_per_pass,
-        ));
+        self.reporter.log(plan_line(&self.trainer, self.context.engine.info().layers));
     }
 
     fn log_source(&self, data: &mut Dataset) {
@@ -408,23 +391,23 @@ impl Run<'_> {
 }
 
 /// Tokens a second over the latest steps.
-struct Pace {
+pub(crate) struct Pace {
     steps: VecDeque<(Duration, u64)>,
     begun: Instant,
 }
 
 impl Pace {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { steps: VecDeque::new(), begun: Instant::now() }
     }
 
     /// A step begins now. What happens between steps does not count.
-    fn begin(&mut self) {
+    pub(crate) fn begin(&mut self) {
         self.begun = Instant::now();
     }
 
     /// The step ends now; fills in what follows from it.
-    fn end(&mut self, tokens: u64, progress: &mut Progress) {
+    pub(crate) fn end(&mut self, tokens: u64, progress: &mut Progress) {
         self.steps.push_back((self.begun.elapsed(), tokens));
         if self.steps.len() > WINDOW {
             self.steps.pop_front();
@@ -438,7 +421,7 @@ impl Pace {
 }
 
 /// Whether something that happens every so many steps happens after this one.
-fn due(every: u64, step: u64) -> bool {
+pub(crate) fn due(every: u64, step: u64) -> bool {
     every > 0 && step > 0 && step.is_multiple_of(every)
 }
 
@@ -448,8 +431,28 @@ fn total_steps(config: &AdapterConfig, planned: Planned) -> u64 {
     config.max_steps.unwrap_or_else(|| config.epochs.saturating_mul(planned.examples.div_ceil(group)))
 }
 
+/// The memory that a trainer was planned with, for a person.
+pub(crate) fn plan_line(trainer: &Trainer, layers: usize) -> String {
+    let (plan, modules) = (trainer.plan(), trainer.spec().lora.sites.len());
+    format!(
+        "plan: {} for training ({} adapter with its moments, {} inputs of layers, {} kept, {} one layer, {} loss) \
+         beside {} of weights and cache, {} free; {} of {layers} layers kept; passes of up to {} tokens; {modules} \
+         modules",
+        mib(plan.training_bytes),
+        mib(plan.adapter_bytes),
+        mib(plan.hidden_bytes),
+        mib(plan.kept_bytes),
+        mib(plan.layer_bytes),
+        mib(plan.loss_bytes),
+        mib(plan.resident_bytes),
+        mib(plan.free_bytes),
+        plan.kept_layers,
+        plan.tokens_per_pass,
+    )
+}
+
 /// A trainer's tensors as an adapter.
-fn weights_of(
+pub(crate) fn weights_of(
     snapshot: &TrainerSnapshot,
     lora: &LoraSpec,
     sites: &[Site],
@@ -501,7 +504,7 @@ fn mib(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64)
 }
 
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, TrainError> + Send + 'static,
 ) -> Result<T, TrainError> {
     match tokio::task::spawn_blocking(work).await {

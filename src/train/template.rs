@@ -221,7 +221,7 @@ impl Examples {
             .map(|at| if at > 0 && (!has_answer_only || is_learnt(&at)) { 1.0 } else { 0.0 })
             .collect();
         match weights.contains(&1.0) {
-            true => Made::Example { sequence: TrainSequence { tokens, weights }, cut },
+            true => Made::Example { sequence: TrainSequence::new(tokens, weights), cut },
             false => Made::Skipped,
         }
     }

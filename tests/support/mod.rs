@@ -14,6 +14,7 @@ use gurukul::jobs::{self, Jobs, Work};
 use gurukul::model::load::{DeviceChoice, DtypeChoice};
 use gurukul::model::tokenizer::Tokenizer;
 use gurukul::nn::quant::Quantization;
+use gurukul::rl::learn::RlContext;
 use gurukul::rl::outbox::{Outbox, Patience};
 use gurukul::rl::{Collector, EpisodeLog};
 use gurukul::train::Context;
@@ -106,13 +107,13 @@ impl Server {
         let uploads = Outbox::open(data.path(), jobs.promises(), SinksConfig::default(), Patience::default());
         let uploads = uploads.await.expect("the outbox can be opened");
         uploads.start();
-        let training = Context {
+        let training = Arc::new(Context {
             engine: engine.clone(),
             tokenizer: tokenizer.clone(),
             adapters: adapters.clone(),
             model_id: MODEL.to_owned(),
             jobs_dir: jobs.dir(),
-        };
+        });
         let settings = HttpSettings {
             configs_dir: data.path().join("configs"),
             max_upload_bytes: MAX_UPLOAD,
@@ -125,7 +126,8 @@ impl Server {
             tokenizer,
             jobs,
             uploads,
-            training: Arc::new(training),
+            learning: Arc::new(RlContext { training: training.clone(), log: collector.log().clone() }),
+            training,
             collector,
             settings: Arc::new(settings),
             prometheus: gurukul::metrics::install().expect("metrics can be recorded"),

@@ -15,7 +15,6 @@ use crate::engine::Trainer;
 use crate::engine::training::{
     AdamW, Checkpointing, LoraSpec, PassShape, Phases, StepParameters, TrainBatch, TrainSequence, TrainerSpec,
 };
-use crate::nn::loss::TokenLoss;
 
 /// What to train, and what beside it.
 #[derive(Debug, Clone, clap::Args)]
@@ -203,12 +202,10 @@ async fn step(trainer: &Trainer, tokens: Vec<Vec<u32>>, number: u64) -> anyhow::
     let (mut loss, mut weight) = (0.0, 0.0);
     let per_pass = trainer.plan().sequences_per_pass;
     for (part, some) in tokens.chunks(per_pass).enumerate() {
-        let sequences = some
-            .iter()
-            .map(|tokens| TrainSequence { weights: vec![1.0; tokens.len()], tokens: tokens.clone() })
-            .collect();
+        let sequences =
+            some.iter().map(|tokens| TrainSequence::new(tokens.clone(), vec![1.0; tokens.len()])).collect();
         let pass = number * 1000 + part as u64;
-        let batch = TrainBatch { sequences, loss: TokenLoss::CrossEntropy, pass };
+        let batch = TrainBatch::cross_entropy(sequences, pass);
         let report = trainer.forward_backward(batch).await?;
         loss += report.loss_sum;
         weight += report.weight_sum;

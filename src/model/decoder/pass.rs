@@ -22,6 +22,7 @@ use crate::nn::linear::Linear;
 use crate::nn::lora::{SiteGradient, TrainSite};
 use crate::nn::loss::{LossChunk, Positions, TokenLoss};
 use crate::nn::norm::Norm;
+use crate::nn::policy::{PolicyFigures, PolicyToken};
 use crate::nn::{Dropout, mix64};
 
 /// What is trained, by site.
@@ -45,6 +46,8 @@ pub(crate) struct PassSettings {
     pub(crate) key: u64,
     /// What is minimised.
     pub(crate) loss: TokenLoss,
+    /// What logits are divided by, beyond what the model itself divides them by.
+    pub(crate) temperature: f64,
     /// Whether the base weights get gradients too.
     pub(crate) base_learns: bool,
 }
@@ -55,7 +58,12 @@ struct Target {
     row: u32,
     token: u32,
     weight: f32,
+    policy: PolicyToken,
 }
+
+/// Tokens with the weight of predicting each (`weights[i]` for `tokens[i]`), and what a policy's loss compares each
+/// with: as many, or none for other losses.
+pub(crate) type Supervised<'s> = (&'s [u32], &'s [f32], &'s [PolicyToken]);
 
 /// What is done next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,24 +138,26 @@ pub(crate) struct Pass {
     gradients: Gradients,
     base_gradients: BaseGradients,
     logprobs: Vec<f32>,
+    figures: PolicyFigures,
     loss_sum: f64,
     seconds: PhaseSeconds,
 }
 
 impl Pass {
-    /// Begins a pass over sequences of tokens with their weights (`weights[i]` for predicting `tokens[i]`).
+    /// Begins a pass over sequences.
     pub(crate) fn begin<'s>(
         model: &Decoder,
         sites: Arc<TrainSites>,
-        sequences: impl IntoIterator<Item = (&'s [u32], &'s [f32])>,
+        sequences: impl IntoIterator<Item = Supervised<'s>>,
         settings: PassSettings,
     ) -> Result<Self> {
         let (mut tokens, mut positions, mut ranges, mut targets) = (vec![], vec![], vec![], vec![]);
-        for (sequence, weights) in sequences {
+        for (sequence, weights, policy) in sequences {
             let start = tokens.len();
             for (i, (&token, &weight)) in sequence.iter().zip(weights).enumerate().skip(1) {
                 if weight != 0.0 {
-                    targets.push(Target { row: (start + i - 1) as u32, token, weight });
+                    let policy = policy.get(i).copied().unwrap_or_default();
+                    targets.push(Target { row: (start + i - 1) as u32, token, weight, policy });
                 }
             }
             tokens.extend_from_slice(sequence);
@@ -171,6 +181,7 @@ impl Pass {
             head_gradients: Vec::new(),
             base_gradients: BaseGradients::new(),
             logprobs: Vec::new(),
+            figures: PolicyFigures::default(),
             loss_sum: 0.0,
             seconds: PhaseSeconds::default(),
         })
@@ -215,6 +226,11 @@ impl Pass {
     /// Σ weight · loss and Σ weight, once all is done.
     pub(crate) fn sums(&self) -> (f64, f64) {
         (self.loss_sum, self.targets.iter().map(|t| t.weight as f64).sum())
+    }
+
+    /// What a policy's loss met; `None` for other losses.
+    pub(crate) fn figures(&self) -> Option<PolicyFigures> {
+        self.settings.loss.is_policy().then_some(self.figures)
     }
 
     /// ln p of every token of every sequence; 0 where it is not supervised.
@@ -285,8 +301,9 @@ impl Pass {
                 let positions = Positions {
                     targets: some.iter().map(|t| t.token).collect(),
                     weights: some.iter().map(|t| t.weight).collect(),
+                    policy: some.iter().map(|t| t.policy).collect(),
                     loss: self.settings.loss,
-                    logits_divisor: model.spec.logits_divisor,
+                    logits_divisor: model.spec.logits_divisor * self.settings.temperature,
                     gradient_scale: self.settings.gradient_scale,
                     head_learns: self.settings.base_learns,
                 };
@@ -300,6 +317,9 @@ impl Pass {
         };
         drop(chunk);
         self.loss_sum += outcome.loss_sum;
+        for ((target, &logprob), &entropy) in some.iter().zip(&outcome.logprobs).zip(&outcome.entropies) {
+            self.figures.note(self.settings.loss, logprob, target.policy, entropy);
+        }
         self.logprobs.extend(outcome.logprobs);
         if let Some(by_head) = outcome.by_head {
             self.base_gradient(BaseParameter::Embedding, by_head)?;

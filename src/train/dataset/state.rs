@@ -188,9 +188,7 @@ impl Checked<'_> {
         let length = self.number()?.checked_mul(4).ok_or_else(damaged)?;
         let (tokens, weights) = (self.bytes(length)?, self.bytes(length)?);
         let words = |bytes: Vec<u8>| -> Vec<[u8; 4]> { bytes.as_chunks::<4>().0.to_vec() };
-        Ok(TrainSequence {
-            tokens: words(tokens).into_iter().map(u32::from_le_bytes).collect(),
-            weights: words(weights).into_iter().map(f32::from_le_bytes).collect(),
-        })
+        let tokens = words(tokens).into_iter().map(u32::from_le_bytes).collect();
+        Ok(TrainSequence::new(tokens, words(weights).into_iter().map(f32::from_le_bytes).collect()))
     }
 }

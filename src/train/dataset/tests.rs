@@ -438,7 +438,7 @@ async fn a_source_that_dies_in_the_middle_ends_with_its_reason() {
 }
 
 fn of_length(tokens: usize, mark: u32) -> TrainSequence {
-    TrainSequence { tokens: vec![mark; tokens], weights: vec![1.0; tokens] }
+    TrainSequence::new(vec![mark; tokens], vec![1.0; tokens])
 }
 
 #[test]
