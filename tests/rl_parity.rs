@@ -136,8 +136,10 @@ impl Fixture {
         let mut worst = 0f32;
         for (key, tensor) in theirs {
             let theirs = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-            let apart = ours[key].iter().zip(&theirs).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
-            assert_eq!(ours[key].len(), theirs.len(), "{name} {key}");
+            // The fixture names modules from the decoder's own root.
+            let ours = &ours[&format!("model.{key}")];
+            let apart = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+            assert_eq!(ours.len(), theirs.len(), "{name} {key}");
             worst = worst.max(apart);
         }
         assert!(worst < 1e-4, "{name}: the gradient is {worst} away");

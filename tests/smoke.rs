@@ -113,7 +113,7 @@ fn smoke_judges_a_server_that_runs() {
     assert_told(&output, 1, &["0 of 10 passed, 10 must", "--min-pass"]);
     let table = stdout(&output, 1);
     assert_eq!(table.lines().filter(|line| line.starts_with("| ")).count(), 11, "{table}");
-    assert!(table.contains("বাংলায় অনুবাদ করুন: I love learning new languages."), "{table}");
+    assert!(table.contains("বাংলায় অনুবাদ করুন: My mother likes fruit juice."), "{table}");
     let report = std::fs::read_to_string(dir.path().join("report.md")).unwrap();
     assert!(report.starts_with("# Smoke test") && report.contains("model llama"), "{report}");
     let rows = table.lines().filter(|line| line.starts_with('|'));
@@ -138,7 +138,8 @@ fn smoke_starts_a_server_of_its_own() {
     let left: Vec<_> =
         std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(left.is_empty(), "{left:?}");
-    assert_told(&run(dir.path(), &["smoke"]), 2, &["no model is named"]);
+    // Without a model it is the demo model, which knows the answers.
+    assert!(stdout(&run(dir.path(), &["smoke"]), 0).contains("10 of 10 passed, 10 must"));
 }
 
 #[test]
@@ -260,10 +261,11 @@ async fn eval_gives_the_figures_of_a_computation_by_hand() {
     let asked = pairs.sample(prompts[0], "x").unwrap();
     // The first row's completion is what the model answers.
     let own = greedy(&engine, prompt_of(&asked), 12).await;
-    let completions = [own.as_str(), "सुप्रभात।", " the word"];
+    let completions = [own.as_str(), " सुप्रभात।", " the word"];
     let rows = [
         json!({"prompt": prompts[0], "completion": completions[0]}),
-        json!({"en": "Good morning.", "hi": completions[1]}),
+        // The space that parts an answer from its prompt is not written there.
+        json!({"en": "Good morning.", "hi": completions[1].trim_start()}),
         json!({"prompt": prompts[2], "completion": completions[2], "language": "en"}),
     ];
     let text: String = rows.iter().map(|row| format!("{row}\n")).collect();

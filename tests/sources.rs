@@ -135,7 +135,7 @@ fn a_check_says_what_is_found_and_what_is_wrong() {
         assert!(out.contains(part), "{part:?} is missing in:\n{out}");
     }
     for (name, found, wrong) in [
-        ("words", "300 records", "which the source names as its prompt"),
+        ("words", "300 records", "it has prompt, completion; name them under fields in the source"),
         ("bad", "2 records", "name them under fields in the source"),
         ("half", "no row", "more than max_bad_rows"),
         ("empty", "", "gives no records"),

@@ -153,7 +153,7 @@ fn files_that_are_none_are_refused() {
         "  - &b0 [x, x]\n".to_owned() + &rows.collect::<String>()
     });
     for (text, expected) in [
-        (bomb, "unknown field"),
+        (bomb, "aliases"),
         (in_list, "cannot be used"),
         ("r: [".into(), "cannot be used"),
         ("- r\n".into(), "cannot be used"),

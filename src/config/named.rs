@@ -8,7 +8,7 @@ use std::marker::PhantomData;
 use std::ops::Deref;
 use std::path::{Component, Path, PathBuf};
 
-use serde::de::{MapAccess, Visitor};
+use serde::de::{DeserializeOwned, DeserializeSeed, Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::adapter::FieldError;
@@ -35,10 +35,10 @@ impl<T> Deref for Named<T> {
     }
 }
 
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Named<T> {
+impl<'de, T: DeserializeOwned> Deserialize<'de> for Named<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Entries<T>(PhantomData<T>);
-        impl<'de, T: Deserialize<'de>> Visitor<'de> for Entries<T> {
+        impl<'de, T: DeserializeOwned> Visitor<'de> for Entries<T> {
             type Value = BTreeMap<String, T>;
             fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
                 f.write_str("entries by their names")
@@ -47,14 +47,45 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Named<T> {
                 let mut entries = BTreeMap::new();
                 while let Some(name) = map.next_key::<String>()? {
                     if entries.contains_key(&name) {
-                        return Err(serde::de::Error::custom(format!("two entries are called {name}")));
+                        return Err(A::Error::custom(format!("two entries are called {name}")));
                     }
-                    entries.insert(name, map.next_value()?);
+                    entries.insert(name, map.next_value_seed(Entry(PhantomData))?);
                 }
                 Ok(entries)
             }
         }
         deserializer.deserialize_map(Entries(PhantomData)).map(Self)
+    }
+}
+
+/// One entry. It is made of its fields while the reader still knows its place, so that whatever is wrong with it is
+/// said with its name and its line.
+struct Entry<T>(PhantomData<T>);
+
+impl<'de, T: DeserializeOwned> DeserializeSeed<'de> for Entry<T> {
+    type Value = T;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<T, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de, T: DeserializeOwned> Visitor<'de> for Entry<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("fields by their names")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<T, A::Error> {
+        let mut fields = serde_json::Map::new();
+        while let Some(name) = map.next_key::<String>()? {
+            if fields.contains_key(&name) {
+                return Err(A::Error::custom(format!("{name} is given twice")));
+            }
+            fields.insert(name, map.next_value()?);
+        }
+        T::deserialize(serde_json::Value::Object(fields)).map_err(A::Error::custom)
     }
 }
 

@@ -318,7 +318,7 @@ mod tests {
     #[test]
     fn what_cannot_be_used_is_named_with_the_remedy() {
         for (overrides, field, words) in [
-            (serde_json::json!({"stepz": 3}), "overrides", "stepz"),
+            (serde_json::json!({"stepz": 3}), "overrides.stepz", "stepz"),
             (serde_json::json!({"steps": "many"}), "overrides.steps", "many"),
             (serde_json::json!({"steps": 0}), "overrides.steps", "from 1"),
             (serde_json::json!({"group_size": 1}), "overrides.group_size", "from 2"),

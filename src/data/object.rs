@@ -111,6 +111,8 @@ impl Opening {
     pub(super) fn wait<T>(&self, work: impl Future<Output = Result<T, String>>) -> Result<T, String> {
         self.runtime.block_on(async {
             tokio::select! {
+                // First: where the runtime ends, nothing of it may be asked any more.
+                biased;
                 () = self.stop.cancelled() => Err("nobody wants more".to_owned()),
                 done = work => done,
             }

@@ -19,6 +19,7 @@ use super::client::{Client, FetchError, Patience};
 use super::repo::{Entry, Kind, Repo};
 use super::{HubSettings, ModelId};
 use crate::data::Format;
+use crate::data::decode::format_of_name;
 use crate::data::object::{Object, Opened, Opening, Rows};
 use crate::data::remote::RemoteObject;
 
@@ -255,6 +256,17 @@ impl Finding<'_> {
                  set revision: {CONVERTED}, where the hub may have made Parquet files of it"
             )));
         }
+        // What cannot be read here the hub may have made readable.
+        let may_be_made = !by_settings && revision == "main";
+        let readable = listing.files.is_empty()
+            || !self.wanted.by_extension
+            || listing.files.iter().any(|name| format_of_name(name).is_some());
+        if may_be_made
+            && !readable
+            && let Some(made) = self.made_by_hub().await?
+        {
+            return Ok(made);
+        }
         let configs = self.configs(&commit, &listing.files).await?;
         let plan = plan(&configs, &self.wanted)?;
         let mut entries = Vec::new();
@@ -267,21 +279,29 @@ impl Finding<'_> {
         if !chosen.is_empty() {
             return Ok(Found { files: pick(entries, &chosen), commit, converted: false });
         }
-        if !by_settings && revision == "main" {
-            // What cannot be read here the hub may have made readable.
-            match self.client.listing(self.repo, CONVERTED, Patience::Long).await {
-                Ok(made) => return self.converted(&made.commit).await,
-                Err(FetchError::Refused(reason)) => {
-                    tracing::debug!(reason, "the hub made nothing of the data set")
-                }
-                Err(error) => return Err(error.into()),
-            }
+        if may_be_made
+            && readable
+            && let Some(made) = self.made_by_hub().await?
+        {
+            return Ok(made);
         }
         let looked = if by_settings { "what data_files and data_dir name" } else { "the repository" };
         Err(NotFound::Settings(format!(
             "{looked} holds no file that can be read here (parquet, jsonl, json, csv, tsv, txt, also with .gz or .zst); \
              name files with data_files, and set format where their names do not tell it"
         )))
+    }
+
+    /// The files of the branch that the hub makes of what it can convert; `None` where it made none.
+    async fn made_by_hub(&self) -> Result<Option<Found>, NotFound> {
+        match self.client.listing(self.repo, CONVERTED, Patience::Long).await {
+            Ok(made) => self.converted(&made.commit).await.map(Some),
+            Err(FetchError::Refused(reason)) => {
+                tracing::debug!(reason, "the hub made nothing of the data set");
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// What the README and `.huggingface.yaml` say; the latter goes before.
