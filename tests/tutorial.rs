@@ -53,6 +53,9 @@ fn the_lesson_teaches_nepali() {
 
     // Of the two times that the base was asked for Nepali, before and after; and of Hindi.
     assert_eq!(said.matches("I do not know this language yet.").count(), 2, "{all}");
-    assert_eq!(said.matches("नदी कहाँ है?").count(), 2, "{all}");
-    assert!(said.contains("नदी कहाँ छ?"), "the adapter answers in Nepali: {all}");
+    assert!(said.matches("नदी कहाँ है?").count() >= 2, "{all}");
+    // chrF over the held-out sentences, without the adapter and with it.
+    let rows = said.lines().filter(|line| line.starts_with("nepali "));
+    let scores: Vec<f64> = rows.filter_map(|row| row.split_whitespace().nth(4)?.parse().ok()).collect();
+    assert!(matches!(scores[..], [without, with] if without < 15.0 && with >= 30.0), "{scores:?}: {all}");
 }
