@@ -54,7 +54,7 @@ enum Command {
     /// Train an adapter, without a server
     Train(train::Args),
     /// Answer prompts, reward the answers and log them as episodes, without a server
-    Collect(collect::Args),
+    Collect(Box<collect::Args>),
     /// Look at the logged episodes
     Episodes(episodes::Args),
     /// Write the model with an adapter's change in its weights, as a folder that transformers loads

@@ -223,7 +223,7 @@ fn resolve(state: &AppState, request: RlTrain) -> Result<RlJob, ApiError> {
             let connectors =
                 Connectors::load(&state.settings.configs_dir, request.mcp_config_path.as_deref())?;
             let source = connectors.source(&name)?.clone();
-            (name.clone(), PromptSource::Source { name, source })
+            (name.clone(), PromptSource::Source { name, source: Box::new(source) })
         }
         (None, Some(prompts)) => ("prompts of the request".to_owned(), PromptSource::List(checked(prompts)?)),
         (None, None) if mode == Mode::Online => {

@@ -238,7 +238,7 @@ fn the_loss_of_some_positions() -> Result<()> {
     // Ratios on both sides of 1, most outside of the bounds.
     let token = |i: usize| PolicyToken {
         old: outcome.logprobs[i] + 0.15 * (i as f32 - 4.0),
-        advantage: if i % 3 == 0 { -1.2 } else { 0.8 },
+        advantage: if i.is_multiple_of(3) { -1.2 } else { 0.8 },
         reference: outcome.logprobs[i] + 0.2,
     };
     for loss in [

@@ -27,7 +27,7 @@ pub enum PromptSource {
         /// Its name in the connectors file.
         name: String,
         /// The source.
-        source: SourceConfig,
+        source: Box<SourceConfig>,
     },
 }
 

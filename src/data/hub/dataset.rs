@@ -306,7 +306,8 @@ impl Finding<'_> {
 
     /// What the README and `.huggingface.yaml` say; the latter goes before.
     async fn configs(&self, commit: &str, files: &[String]) -> Result<Vec<Config>, NotFound> {
-        let sources: [(&str, fn(&[u8]) -> Result<Option<Vec<Config>>, String>); 2] =
+        type Read = fn(&[u8]) -> Result<Option<Vec<Config>>, String>;
+        let sources: [(&str, Read); 2] =
             [(".huggingface.yaml", card::of_yaml), ("README.md", card::of_readme)];
         for (name, read) in sources {
             // Where the hub lists no files, it may have them all the same.
