@@ -1,7 +1,7 @@
 //! What an answer earns: parts from 0 to 1, each in a file of its own with its formula, and their weighted mean. All
 //! but `http` are pure functions of the answers to one prompt.
 //!
-//! A new part is a file here, a variant of [`Part`], and its settings in `config/rl_reward.rs`.
+//! A new part is a file here, a variant of `Part`, and its settings in `config/rl_reward.rs`.
 
 mod diversity;
 mod http;
