@@ -288,20 +288,21 @@ async fn a_job_is_cancelled_and_goes_on_when_it_is_resumed() {
     let dir = tempfile::tempdir().unwrap();
     let client = client();
     let program = Program::start(serve(dir.path()));
-    let body = json!({"prompts": ["say 3"], "episodes": 300, "max_new_tokens": 8, "run_id": "r"});
+    // Far more than is through before the cancellation comes.
+    let body = json!({"prompts": ["say 3"], "episodes": 1500, "max_new_tokens": 16, "run_id": "r"});
     let answer = client.post(format!("{}/rl/collect", program.base)).json(&body).send().await.unwrap();
     let accepted: Value = answer.json().await.unwrap();
     let id = accepted["job_id"].as_str().unwrap().to_owned();
     reach(&program.base, &id, |job| job["metrics"]["step"].as_u64() >= Some(1)).await;
     client.post(format!("{}/adapter/cancel/{id}", program.base)).send().await.unwrap();
     let job = reach(&program.base, &id, |job| job["status"] == "cancelled").await;
-    assert!(job["message"].as_str().unwrap().contains("of 300 episodes"), "{job}");
+    assert!(job["message"].as_str().unwrap().contains("of 1500 episodes"), "{job}");
     let before = log(dir.path(), "r").len();
-    assert!(before < 300);
+    assert!(before < 1500);
     client.post(format!("{}/adapter/resume/{id}", program.base)).send().await.unwrap();
     reach(&program.base, &id, |job| job["status"] == "completed").await;
     let ids: BTreeSet<String> = log(dir.path(), "r").into_iter().map(|e| e.episode_id).collect();
-    assert_eq!(ids.len(), 300);
+    assert_eq!(ids.len(), 1500);
 }
 
 /// A limit of the shell stands for the end of a disk: the system refuses to let a file grow beyond it.

@@ -120,7 +120,7 @@ fn smoke_judges_a_server_that_runs() {
     assert!(rows.into_iter().all(|row| report.contains(row)), "{report}");
 
     stdout(&smoke(&["--max-new-tokens", "8", "--min-pass", "0", "--api-key", "unused"]), 0);
-    assert_told(&smoke(&["--adapter", "nobody"]), 2, &["prompt 1 ", "404", "nobody"]);
+    assert_told(&smoke(&["--adapter", "nobody"]), 2, &["prompt hi-river ", "404", "nobody"]);
     assert_told(
         &smoke(&["--out", "nowhere/report.md", "--max-new-tokens", "2"]),
         1,

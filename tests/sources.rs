@@ -137,7 +137,7 @@ fn a_check_says_what_is_found_and_what_is_wrong() {
     for (name, found, wrong) in [
         ("words", "300 records", "it has prompt, completion; name them under fields in the source"),
         ("bad", "2 records", "name them under fields in the source"),
-        ("half", "no row", "more than max_bad_rows"),
+        ("half", "first record after", "more than max_bad_rows"),
         ("empty", "", "gives no records"),
         ("missing", "", "nowhere"),
         ("secret", "", "environment variable NOT_SET"),
