@@ -35,6 +35,10 @@ deny:
     cargo deny check
     typos
 
+# Try to break a reader of strangers' bytes for a minute: `just fuzz csv` (jsonl, csv, readme; needs cargo-fuzz)
+fuzz TARGET *ARGS:
+    RUSTC_BOOTSTRAP=1 cargo fuzz run --sanitizer none {{TARGET}} -- -max_total_time=60 {{ARGS}}
+
 # Answer over HTTP: `just serve --model ./my-model`
 serve *ARGS:
     cargo run --release -- serve {{ARGS}}

@@ -8,11 +8,12 @@
 #[allow(dead_code, reason = "other tests use the rest of it")]
 #[path = "support/flaky.rs"]
 mod flaky;
+#[path = "support/program.rs"]
+mod program;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -23,6 +24,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use self::flaky::{ACCESS_KEY, Flaky, SECRET_KEY};
+use self::program::Program;
 
 const BUCKET: &str = "episodes";
 const CLIENTS: u64 = 8;
@@ -30,85 +32,11 @@ const CLIENTS: u64 = 8;
 const FAILING: u32 = 200;
 /// Every so many requests ask for answers of the model; the others bring theirs.
 const GENERATED_EVERY: u64 = 50;
+const KEYS: [(&str, &str); 2] = [("AWS_ACCESS_KEY_ID", ACCESS_KEY), ("AWS_SECRET_ACCESS_KEY", SECRET_KEY)];
 const SOON: Duration = Duration::from_secs(120);
 
 fn number(variable: &str, default: u64) -> u64 {
     std::env::var(variable).ok().map_or(default, |text| text.parse().expect("is a number"))
-}
-
-/// The program, with its folder.
-struct Program {
-    dir: PathBuf,
-    child: Child,
-    base: String,
-}
-
-impl Program {
-    async fn start(dir: &Path) -> Self {
-        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/parity/llama");
-        let log =
-            std::fs::File::options().create(true).append(true).open(dir.join("log")).expect("can be made");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_gurukul"));
-        command
-            .args([
-                "serve",
-                "--port",
-                "0",
-                "--device",
-                "cpu",
-                "--dtype",
-                "f32",
-                "--kv-cache",
-                "64MiB",
-                "--model",
-            ])
-            .arg(model)
-            .arg("--data-dir")
-            .arg(dir)
-            .arg("--configs")
-            .arg(dir.join("configs"))
-            .env("AWS_ACCESS_KEY_ID", ACCESS_KEY)
-            .env("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
-            .env_remove("AWS_SESSION_TOKEN")
-            .env_remove("AWS_PROFILE")
-            .env("RUST_LOG", "warn")
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(log);
-        let mut child = command.spawn().expect("the program starts");
-        let stdout = child.stdout.take().expect("is piped");
-        let mut program = Self { dir: dir.to_owned(), child, base: String::new() };
-        let welcome = tokio::task::spawn_blocking(move || {
-            let mut lines = BufReader::new(stdout).lines().map_while(Result::ok);
-            let address = lines.find_map(|line| {
-                let (_, rest) = line.split_once("answers on ")?;
-                Some(rest.split(' ').next()?.to_owned())
-            });
-            // Whatever else it says is not to fill the pipe.
-            std::thread::spawn(move || lines.for_each(drop));
-            address
-        });
-        let base =
-            tokio::time::timeout(SOON, welcome).await.expect("the program answers").expect("does not panic");
-        let said = || std::fs::read_to_string(dir.join("log")).unwrap_or_default();
-        program.base = base.unwrap_or_else(|| panic!("the program ended: {}", said()));
-        program
-    }
-
-    /// `kill -9`, and what follows it.
-    async fn again(self) -> Self {
-        let dir = self.dir.clone();
-        drop(self);
-        Self::start(&dir).await
-    }
-}
-
-impl Drop for Program {
-    /// `kill -9`
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 /// What the clients were told.
@@ -241,7 +169,7 @@ async fn nothing_acknowledged_is_lost_and_every_upload_arrives_once() {
     std::fs::write(dir.path().join("configs/rl_config.yaml"), config).expect("can be written");
 
     let started = Instant::now();
-    let mut program = Program::start(dir.path()).await;
+    let mut program = Program::start(dir.path(), &KEYS).await;
     let (bases, base) = watch::channel(program.base.clone());
     let clients = Arc::new(Clients {
         base,

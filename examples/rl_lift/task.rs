@@ -83,7 +83,7 @@ fn prompts(assets: &Path) -> Result<Vec<PromptConfig>> {
         let (Some(english), Some(hindi)) = (row["en"].as_str(), row["hi"].as_str()) else { continue };
         if hindi.ends_with('।') && english.len() < 40 {
             prompts.push(PromptConfig {
-                prompt: format!("देवनागरी में लिखें: {english}"),
+                prompt: format!("लिखो: {english}"),
                 language: Some("hi".into()),
                 reference: Some(hindi.to_owned()),
             });

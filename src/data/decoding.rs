@@ -4,6 +4,7 @@ use std::io::Read;
 use std::ops::ControlFlow;
 
 use super::Format;
+use super::hub::of_readme;
 use super::decode::{Begun, Broken, Decoder, Found};
 
 /// Rows of some bytes.
@@ -37,4 +38,12 @@ pub fn decode(format: Format, name: &str, reader: impl Read + Send) -> Decoded {
     });
     decoded.broken = run.err().map(|broken| broken.message);
     decoded
+}
+
+/// How many configs the head of a data set's README has; `None` where it says nothing of any.
+///
+/// # Errors
+/// A head that cannot be read, or that is larger than one may be once its aliases are followed.
+pub fn readme_configs(readme: &[u8]) -> Result<Option<usize>, String> {
+    Ok(of_readme(readme)?.map(|configs| configs.len()))
 }

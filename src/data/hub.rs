@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 
+pub(super) use self::dataset::of_readme;
 pub use self::dataset::{HuggingFaceConfig, Patterns};
 use cache::RepoCache;
 use client::{Client, FetchError};

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use self::card::Config;
+pub(in crate::data) use self::card::of_readme;
 use self::file::HubFile;
 use self::plan::{Wanted, converted, plan};
 use super::client::{Client, FetchError, Patience};

@@ -14,7 +14,7 @@ const MAX_NODES: usize = 500_000;
 
 /// A part of a data set.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::data::hub) struct Config {
+pub(in crate::data) struct Config {
     /// What `config` names.
     pub(in crate::data::hub) name: String,
     /// Which files are in which split; by their names where it is not said.
@@ -33,7 +33,7 @@ pub(in crate::data::hub) struct SplitFiles {
 }
 
 /// The configs in a README's head; `None` where it has no head or the head no `configs`.
-pub(in crate::data::hub) fn of_readme(text: &[u8]) -> Result<Option<Vec<Config>>, String> {
+pub(in crate::data) fn of_readme(text: &[u8]) -> Result<Option<Vec<Config>>, String> {
     let text = String::from_utf8_lossy(text);
     match front_matter(&text) {
         Some(yaml) => of_yaml(yaml.as_bytes()),
