@@ -54,7 +54,12 @@ fn gurukul(folder: &Path, environment: &[(&str, &str)]) -> Command {
     // Where no other credentials are, nobody shall wait for those of an instance.
     command.env("AWS_EC2_METADATA_DISABLED", "true");
     command.envs(environment.iter().copied());
-    command.arg("train");
+    command
+}
+
+fn train(folder: &Path, environment: &[(&str, &str)], arguments: &[&str]) -> Command {
+    let mut command = gurukul(folder, environment);
+    command.arg("train").args(arguments);
     command
 }
 
@@ -63,10 +68,13 @@ fn run(mut command: Command) -> (bool, String) {
     (status.success(), String::from_utf8_lossy(&stdout).into_owned() + &String::from_utf8_lossy(&stderr))
 }
 
+/// Checks a source as its user would before training, and trains from it.
 fn completes(folder: &Path, environment: &[(&str, &str)], source: &str, steps: usize) {
     let mut command = gurukul(folder, environment);
-    command.args(["--source", source]);
+    command.args(["sources", "check", source]);
     let (success, told) = run(command);
+    assert!(success && told.contains("can be trained from"), "{told}");
+    let (success, told) = run(train(folder, environment, &["--source", source]));
     assert!(success && told.contains(&format!("{steps} steps, loss ")), "{told}");
 }
 
@@ -115,8 +123,7 @@ fn a_job_from_a_data_set_on_a_hub() {
     let dir = workplace("sources:\n  words:\n    type: huggingface\n    repo: org/words\n    config: hi\n");
     let endpoint = hub.endpoint.clone();
     completes(dir.path(), &[("HF_ENDPOINT", &endpoint), ("HF_TOKEN", hub::TOKEN)], "words", 6);
-    let mut command = gurukul(dir.path(), &[("HF_ENDPOINT", &endpoint)]);
-    command.args(["--source", "words"]);
+    let command = train(dir.path(), &[("HF_ENDPOINT", &endpoint)], &["--source", "words"]);
     let (success, told) = run(command);
     assert!(!success && told.contains("set HF_TOKEN"), "{told}");
 }
@@ -145,8 +152,7 @@ fn a_job_from_a_bucket_and_why_there_is_none() {
     let dir = workplace(&sources);
     completes(dir.path(), &KEYS, "bucket", 10);
     let refused = |environment: &[(&str, &str)], part: &str| {
-        let mut command = gurukul(dir.path(), environment);
-        command.args(["--source", "bucket"]);
+        let command = train(dir.path(), environment, &["--source", "bucket"]);
         let (success, told) = run(command);
         assert!(!success && told.contains(part), "{told}");
     };
@@ -197,12 +203,10 @@ fn an_s3_job_that_was_killed_goes_on_by_its_cursor() {
     completes(alone.path(), &KEYS, "bucket", 10);
 
     let dir = workplace(&sources);
-    let mut command = gurukul(dir.path(), &KEYS);
-    command.args(["--source", "bucket"]);
+    let command = train(dir.path(), &KEYS, &["--source", "bucket"]);
     let id = kill_at(command, "step 5/");
     server.asked();
-    let mut command = gurukul(dir.path(), &KEYS);
-    command.args(["--resume", &id]);
+    let command = train(dir.path(), &KEYS, &["--resume", &id]);
     let (success, told) = run(command);
     assert!(success && told.contains("going on after step"), "{told}");
     assert!(

@@ -15,7 +15,8 @@ use self::program::Program;
 const LIMIT: Duration = Duration::from_secs(240);
 
 async fn post(base: &str, path: &str, body: &Value) -> Value {
-    let response = reqwest::Client::new().post(format!("{base}{path}")).json(body).send().await.expect("answers");
+    let response =
+        reqwest::Client::new().post(format!("{base}{path}")).json(body).send().await.expect("answers");
     let status = response.status();
     let text = response.text().await.expect("the body is complete");
     assert!(status.is_success(), "{status}: {text}");
@@ -70,13 +71,15 @@ async fn an_online_job_that_was_killed_goes_on_to_the_same_bytes() {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let alone = workplace();
     let program = Program::start(alone.path(), &[]).await;
-    let id = post(&program.base, "/rl/train", &online()).await["job_id"].as_str().expect("is text").to_owned();
+    let id =
+        post(&program.base, "/rl/train", &online()).await["job_id"].as_str().expect("is text").to_owned();
     wait_for(&program.base, &id, |status| status["status"] == "completed").await;
     drop(program);
 
     let killed = workplace();
     let mut program = Program::start(killed.path(), &[]).await;
-    let id = post(&program.base, "/rl/train", &online()).await["job_id"].as_str().expect("is text").to_owned();
+    let id =
+        post(&program.base, "/rl/train", &online()).await["job_id"].as_str().expect("is text").to_owned();
     for step in [3, 7] {
         wait_for(&program.base, &id, |status| {
             assert_ne!(status["status"], "completed", "it ended before it could be killed");
@@ -89,7 +92,8 @@ async fn an_online_job_that_was_killed_goes_on_to_the_same_bytes() {
     assert_eq!(status["metrics"]["step"], 12, "{status}");
     let log = get(&program.base, &format!("/adapter/logs/{id}?limit=1000")).await.to_string();
     assert_eq!(log.matches("going on after step").count(), 2, "{log}");
-    let answer = json!({"prompt": "say the word 3", "adapter": "learnt", "do_sample": false, "max_new_tokens": 4});
+    let answer =
+        json!({"prompt": "say the word 3", "adapter": "learnt", "do_sample": false, "max_new_tokens": 4});
     assert_eq!(post(&program.base, "/generate-lite", &answer).await["adapter"], "learnt");
     assert!(adapter(killed.path()) == adapter(alone.path()), "the same bytes as without the kills");
 }

@@ -12,7 +12,7 @@ async fn rewards_lift_the_demo_model() {
     let curve = task::lift(&task::assets(), folder.path(), config, |_| ()).await.unwrap();
     assert_eq!((curve.held_out.len(), curve.sampled.len()), (2, 16), "{curve:?}");
     // Sums may differ in their last digits from machine to machine, and so may the answers; the lift is larger.
-    assert!(curve.lift() > 0.1, "{curve:?}");
+    assert!(curve.lift() > 0.25, "{curve:?}");
     assert!(curve.ratio_error < 1e-3, "what samples is what learns: {}", curve.ratio_error);
     assert!(folder.path().join("adapters/devanagari/adapter_model.safetensors").is_file());
 }

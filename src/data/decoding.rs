@@ -4,8 +4,8 @@ use std::io::Read;
 use std::ops::ControlFlow;
 
 use super::Format;
-use super::hub::of_readme;
 use super::decode::{Begun, Broken, Decoder, Found};
+use super::hub::of_readme;
 
 /// Rows of some bytes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
