@@ -102,7 +102,9 @@ async fn every_line_of_a_request_and_of_a_job_has_its_ids() {
 #[tokio::test(flavor = "multi_thread")]
 async fn as_text_the_ids_are_on_the_lines_too() {
     let dir = tempfile::tempdir().unwrap();
-    let (program, job_id) = used(dir.path(), &[]).await;
+    let (mut program, job_id) = used(dir.path(), &[]).await;
+    // Written once the answer has gone out.
+    program.line("request_id=\"answer-1\"").await;
     let lines = program.lines();
     let find = |parts: &[&str]| {
         let found = lines.iter().any(|line| parts.iter().all(|part| line.contains(part)));
