@@ -1,6 +1,7 @@
 //! The life of the real process: alive before the model is there, ready when it answers, and every way to its end, with
 //! what must not be lost on it.
 #![cfg(unix)]
+#![expect(clippy::print_stderr, reason = "a test that skips says so")]
 
 #[allow(dead_code, reason = "other tests use the rest of it")]
 #[path = "support/program.rs"]
