@@ -20,8 +20,9 @@ pub use jobs::{RunningJob, running_jobs};
 const HTTP_REQUESTS: &str = "gurukul_http_requests_total";
 const HTTP_IN_FLIGHT: &str = "gurukul_http_requests_in_flight";
 const HTTP_DURATION: &str = "gurukul_http_request_duration_seconds";
-const HTTP_REFUSED: &str = "gurukul_http_refused_total";
-const HTTP_CONNECTIONS: &str = "gurukul_http_connections_open";
+const CONNECTIONS: &str = "gurukul_http_connections";
+const CONNECTIONS_ENDED: &str = "gurukul_http_connections_ended_total";
+const KEY_REQUESTS: &str = "gurukul_http_key_requests_total";
 const QUEUE_TIME: &str = "gurukul_generation_queue_seconds";
 const FIRST_TOKEN_TIME: &str = "gurukul_generation_time_to_first_token_seconds";
 const TOKEN_GAP: &str = "gurukul_generation_time_between_tokens_seconds";
@@ -87,6 +88,21 @@ const BATCH_BUCKETS: [f64; 11] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 2
 /// Adapters that have figures of their own; those beyond share one label. The recorder never forgets a label.
 const MOST_ADAPTERS: usize = 64;
 
+/// Why the server ends connections by itself.
+const ENDED: [&str; 7] = [
+    "idle",
+    "head_timeout",
+    "answer_not_read",
+    "not_closed",
+    "made_room",
+    "handshake_failed",
+    "handshake_timeout",
+];
+
+/// The key of requests that have none that is known, and why those are refused.
+const NO_KEY: &str = "none";
+const REFUSED: [&str; 2] = ["no_key", "unknown_key"];
+
 /// How often samples move from the recorder's buffers into the histograms when nobody reads them.
 const UPKEEP: Duration = Duration::from_secs(5);
 
@@ -128,11 +144,9 @@ fn describe() {
     describe_counter!(HTTP_REQUESTS, "Answers by route, method and status");
     describe_gauge!(HTTP_IN_FLIGHT, "Requests whose answer is not sent completely");
     describe_histogram!(HTTP_DURATION, Unit::Seconds, "From a request's arrival to the end of its answer");
-    describe_counter!(
-        HTTP_REFUSED,
-        "Requests and connections that were refused before any route saw them, by reason"
-    );
-    describe_gauge!(HTTP_CONNECTIONS, "Connections that are open");
+    describe_gauge!(CONNECTIONS, "Connections that are open");
+    describe_counter!(CONNECTIONS_ENDED, "Connections that the server ended by itself, by why");
+    describe_counter!(KEY_REQUESTS, "Requests by the name of their API key and whether they were let in");
     describe_histogram!(QUEUE_TIME, Unit::Seconds, "From submission to the first step");
     describe_histogram!(FIRST_TOKEN_TIME, Unit::Seconds, "From submission to the first token");
     describe_histogram!(TOKEN_GAP, Unit::Seconds, "Between a token of an answer and the next");
@@ -193,44 +207,17 @@ fn describe() {
 
 /// Counters that nothing has touched yet are shown as 0: a rate over them then sees their first increase.
 fn begin_at_zero() {
-    for reason in REFUSALS {
-        counter!(HTTP_REFUSED, "reason" => reason).increment(0);
+    gauge!(CONNECTIONS).set(0.0);
+    for reason in ENDED {
+        counter!(CONNECTIONS_ENDED, "reason" => reason).increment(0);
     }
-    gauge!(HTTP_CONNECTIONS).set(0.0);
+    for outcome in REFUSED {
+        counter!(KEY_REQUESTS, "key" => NO_KEY, "outcome" => outcome).increment(0);
+    }
     gauge!(HTTP_IN_FLIGHT).set(0.0);
     counter!(UPLOAD_RETRIES).increment(0);
     counter!(EPISODE_REWARD_FAILED).increment(0);
     counter!(EPISODES_SYNCED).increment(0);
-}
-
-/// Why a request or a connection is refused before any route sees it.
-const REFUSALS: [&str; 5] = ["unauthorized", "forbidden", "rate_limited", "too_many_concurrent", "timeout"];
-
-/// A request or a connection was refused before any route saw it. `reason` is `unauthorized` (no key, or one that is not
-/// known), `forbidden` (the key may not do this), `rate_limited`, `too_many_concurrent` or `timeout`.
-pub fn http_refused(reason: &'static str) {
-    debug_assert!(REFUSALS.contains(&reason), "{reason}");
-    counter!(HTTP_REFUSED, "reason" => reason).increment(1);
-}
-
-/// A connection: counted as open until it is dropped.
-#[derive(Debug)]
-pub struct OpenConnection {
-    _private: (),
-}
-
-impl OpenConnection {
-    /// Counts a connection in.
-    pub fn enter() -> Self {
-        gauge!(HTTP_CONNECTIONS).increment(1.0);
-        Self { _private: () }
-    }
-}
-
-impl Drop for OpenConnection {
-    fn drop(&mut self) {
-        gauge!(HTTP_CONNECTIONS).decrement(1.0);
-    }
 }
 
 /// A request that is being answered: counted as in flight until it is dropped.
@@ -260,6 +247,21 @@ pub fn http_answered(route: &str, method: &'static str, status: u16, seconds: f6
     let status = status.to_string();
     counter!(HTTP_REQUESTS, "route" => route.clone(), "method" => method, "status" => status).increment(1);
     histogram!(HTTP_DURATION, "route" => route).record(seconds);
+}
+
+/// Shows how many connections are open.
+pub fn connections(open: usize) {
+    gauge!(CONNECTIONS).set(open as f64);
+}
+
+/// The server ended a connection by itself.
+pub fn connection_ended(reason: &'static str) {
+    counter!(CONNECTIONS_ENDED, "reason" => reason).increment(1);
+}
+
+/// A request was let in or refused. `key` is the name of its API key, which comes from settings.
+pub fn key_request(key: &str, outcome: &'static str) {
+    counter!(KEY_REQUESTS, "key" => key.to_owned(), "outcome" => outcome).increment(1);
 }
 
 /// A generation ended; times in seconds since its submission.
@@ -364,7 +366,9 @@ mod tests {
         http_answered("/metrics-test", "GET", 200, 0.003);
         answer_finished(0.001, 0.02, 0.4);
         process(&Build { device: "cpu", started_unix_s: 1.7e9 }, 1.5, Some(4096));
-        http_refused("rate_limited");
+        key_request("team", "rate");
+        connection_ended("idle");
+        connections(3);
         uploads_pending(&[("archive".into(), 3)]);
         uploads_pending(&[]);
         let text = handle.render();
@@ -379,8 +383,16 @@ mod tests {
         assert!(text.contains("# TYPE gurukul_http_request_duration_seconds histogram"), "{text}");
         assert!(text.contains("gurukul_uptime_seconds 1.5"), "{text}");
         assert!(text.contains("process_start_time_seconds 1700000000"), "{text}");
-        assert!(text.contains("gurukul_http_refused_total{reason=\"unauthorized\"} 0"), "{text}");
-        assert!(text.contains("gurukul_http_refused_total{reason=\"rate_limited\"} 1"), "{text}");
+        let key = |key, outcome, count: u64| {
+            format!("gurukul_http_key_requests_total{{key=\"{key}\",outcome=\"{outcome}\"}} {count}")
+        };
+        assert!(
+            text.contains(&key(NO_KEY, "unknown_key", 0)) && text.contains(&key("team", "rate", 1)),
+            "{text}"
+        );
+        assert!(text.contains("gurukul_http_connections_ended_total{reason=\"idle\"} 1"), "{text}");
+        assert!(text.contains("gurukul_http_connections_ended_total{reason=\"head_timeout\"} 0"), "{text}");
+        assert!(text.contains("gurukul_http_connections 3"), "{text}");
         assert!(text.contains("gurukul_uploads_pending{sink=\"archive\"} 0"), "{text}");
         let build = text.lines().find(|line| line.starts_with("gurukul_build_info{")).expect("is there");
         assert!(build.contains("commit=\"") && build.contains("device=\"cpu\""), "{build}");
