@@ -1,26 +1,30 @@
-//! Builds everything once, in order (listener, jobs, model folder, tokenizer, engine, adapters, routes), and takes it
-//! down in order. What each part does is known to the part.
+//! Builds everything once, in order (listener with its gate, jobs, model folder, tokenizer, engine, adapters, routes), and
+//! takes it down in order. What each part does is known to the part.
 
 mod collecting;
 mod demo;
+mod housekeeping;
 mod training;
 
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::net::TcpListener;
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinHandle;
 
 use crate::adapters::Registry;
 use crate::config::Settings;
 use crate::config::rl::{self, RlConfig, SinksConfig};
 use crate::data::hub::{self, Progress};
 use crate::engine::EngineHandle;
-use crate::http::{self, AppState, HttpSettings};
+use crate::http::{self, AppState, Gate, HttpSettings};
 use crate::jobs::{self, Jobs};
 use crate::metrics;
 use crate::model::tokenizer::Tokenizer;
@@ -30,10 +34,11 @@ use crate::rl::outbox::{Outbox, Patience};
 use crate::rl::{Collector, EpisodeLog};
 use crate::train::Context;
 
-/// How long running requests and jobs may go on after the signal to stop. A second signal ends them at once.
-const GRACE: Duration = Duration::from_secs(30);
-/// How long uploads that are on their way may go on then: they begin anew at the next start.
+/// How long uploads that are on their way may go on after the signal to stop, where the grace period is not shorter: they
+/// begin anew at the next start.
 const UPLOAD_GRACE: Duration = Duration::from_secs(5);
+/// How long what is cut may take to say so, and connections to close after it.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Marks, in an error's chain, what went wrong before anything ran: settings, model, port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -87,7 +92,8 @@ pub async fn load(settings: &Settings) -> anyhow::Result<Loaded> {
         .and_then(|l| l)
         .with_context(|| format!("--model {}", spec.unwrap_or(demo::NAME)))
         .context(CannotStart)?;
-    let adapters = Arc::new(Registry::new(settings.adapters_dir.clone(), engine.clone()));
+    let (folder, quota) = (settings.adapters_dir.clone(), settings.adapter_quota_bytes);
+    let adapters = Arc::new(Registry::with_quota(folder, engine.clone(), quota));
     Ok(Loaded { engine, tokenizer, adapters, model_id })
 }
 
@@ -125,28 +131,80 @@ pub async fn outbox(settings: &Settings, jobs: &Jobs, sinks: SinksConfig) -> any
     opened.context(CannotStart)
 }
 
-/// The server, ready to answer.
-pub struct App {
-    listener: TcpListener,
+/// A server that has its port and answers that the model is not there yet.
+pub struct Front {
     address: SocketAddr,
-    router: axum::Router,
-    engine: EngineHandle,
-    adapters: Arc<Registry>,
-    jobs: Jobs,
-    uploads: Outbox,
+    gate: Gate,
+    server: Server,
 }
 
-impl App {
-    /// Takes the port, opens the jobs, loads the model, lays out the routes; jobs that an earlier process left go on.
+/// The task that accepts connections; cut where it is when this is dropped.
+struct Server {
+    task: JoinHandle<io::Result<()>>,
+    /// Dropped, it is the sign to accept no more.
+    stop: Option<oneshot::Sender<()>>,
+}
+
+impl Server {
+    /// Serves `routes` on its own task.
+    fn start(listener: TcpListener, routes: axum::Router) -> Self {
+        let (stop, stopped) = oneshot::channel::<()>();
+        let stopped = async {
+            // An error means that the sender is gone, which is the sign.
+            let _ = stopped.await;
+        };
+        let server = axum::serve(listener, routes).with_graceful_shutdown(stopped).into_future();
+        Self { task: tokio::spawn(server), stop: Some(stop) }
+    }
+
+    /// Waits until it ends, which it does by itself only when the listener fails.
+    async fn ended(&mut self) -> anyhow::Result<()> {
+        match (&mut self.task).await {
+            Ok(outcome) => outcome.context("the listener failed"),
+            Err(error) => Err(anyhow::Error::new(error).context("the listener failed")),
+        }
+    }
+
+    /// Accepts no more, and waits for the connections to close, for a short time.
+    async fn close(mut self) -> anyhow::Result<()> {
+        drop(self.stop.take());
+        // Connections that are idle or do not read are cut.
+        tokio::time::timeout(LAST_WORDS, self.ended()).await.unwrap_or(Ok(()))
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Front {
+    /// Takes the port and answers there that the model is not there yet.
     ///
     /// # Errors
-    /// A port in use, a job store that cannot be used, or what [`load`] refuses. The chain holds [`CannotStart`].
-    pub async fn build(settings: &Settings) -> anyhow::Result<Self> {
-        // Before the model, because it fails at once where loading a model takes minutes. Whoever connects meanwhile waits.
+    /// A port in use, or an address that is not to be had. The chain holds [`CannotStart`].
+    pub async fn open(settings: &Settings) -> anyhow::Result<Self> {
         let listener = listen(SocketAddr::new(settings.host, settings.port)).await.context(CannotStart)?;
         let address = listener.local_addr().context("the listener has no address").context(CannotStart)?;
+        let gate = Gate::loading();
+        let server = Server::start(listener, gate.clone().router());
+        tracing::info!(
+            "taking connections on http://{address}; requests are answered once the model is loaded"
+        );
+        Ok(Self { address, gate, server })
+    }
+
+    /// Opens the jobs, loads the model and lays out the routes; from then on requests are answered, and jobs that an
+    /// earlier process left go on.
+    ///
+    /// # Errors
+    /// A job store that cannot be used, or what [`load`] refuses. The chain holds [`CannotStart`].
+    pub async fn load(self, settings: &Settings) -> anyhow::Result<App> {
+        let Self { address, gate, server } = self;
         let rl = Arc::new(rl_config(settings)?);
         let jobs = open_jobs(settings).await.context(CannotStart)?;
+        housekeeping::sweep(&settings.data_dir);
         let loaded = load(settings).await?;
         let collector = collector(settings, rl.clone(), &loaded)?;
         let Loaded { engine, tokenizer, adapters, model_id } = loaded;
@@ -172,7 +230,7 @@ impl App {
         let prometheus = metrics::install().context(CannotStart)?;
         // Without it, histograms would grow for as long as nobody reads /metrics. It ends with the runtime.
         tokio::spawn(metrics::upkeep(prometheus.clone()));
-        let router = http::router(AppState {
+        gate.open(http::router(AppState {
             engine: engine.clone(),
             tokenizer,
             adapters: adapters.clone(),
@@ -183,9 +241,31 @@ impl App {
             learning,
             settings: Arc::new(http),
             prometheus,
-            started: Instant::now(),
-        });
-        Ok(Self { listener, address, router, engine, adapters, jobs, uploads })
+            lifecycle: gate.lifecycle(),
+        }));
+        Ok(App { address, gate, server, engine, adapters, jobs, uploads, grace: settings.grace })
+    }
+}
+
+/// A server that answers.
+pub struct App {
+    address: SocketAddr,
+    gate: Gate,
+    server: Server,
+    engine: EngineHandle,
+    adapters: Arc<Registry>,
+    jobs: Jobs,
+    uploads: Outbox,
+    grace: Duration,
+}
+
+impl App {
+    /// [`Front::open`] and [`Front::load`].
+    ///
+    /// # Errors
+    /// As those two.
+    pub async fn build(settings: &Settings) -> anyhow::Result<Self> {
+        Front::open(settings).await?.load(settings).await
     }
 
     /// A handle to the engine, for its shutdown after the runtime's.
@@ -203,14 +283,14 @@ impl App {
         self.address
     }
 
-    /// Answers until `stop` is through; then accepts no more, and returns once the running requests have ended and the
-    /// running jobs have written their checkpoints, or after a grace period, or when `stop`'s answer is through: the
-    /// second signal.
+    /// Answers until `stop` is through. Then it is not ready any more and refuses new requests, and waits until the
+    /// running ones have ended and the running jobs have written their checkpoints, at most for the grace period or
+    /// until `stop`'s answer is through: the second signal. What runs then is cut, with a proper end of its answer.
     ///
     /// # Errors
     /// The listener failed.
     pub async fn run<Again: Future<Output = ()>>(
-        self,
+        mut self,
         stop: impl Future<Output = Again>,
     ) -> anyhow::Result<()> {
         let info = self.engine.info();
@@ -223,43 +303,78 @@ impl App {
             "listening on http://{}",
             self.address
         );
-        let (stopping, stopped) = tokio::sync::oneshot::channel::<()>();
-        let server = axum::serve(self.listener, self.router).with_graceful_shutdown(async move {
-            // An error means that the sender is gone, which is a signal as well.
-            let _ = stopped.await;
-        });
-        let mut server = std::pin::pin!(server.into_future());
         let again = tokio::select! {
-            outcome = &mut server => {
-                tokio::join!(self.jobs.shutdown(GRACE), self.uploads.shutdown(UPLOAD_GRACE));
+            outcome = self.server.ended() => {
+                self.gate.close();
+                tokio::join!(self.jobs.shutdown(self.grace), self.uploads.shutdown(UPLOAD_GRACE));
                 self.jobs.close().await;
-                return outcome.context("the listener failed");
+                return outcome;
             }
             again = stop => again,
         };
+        self.gate.close();
         let running = self.engine.stats().running;
-        tracing::info!(running, grace_s = GRACE.as_secs(), "stopping; running requests may end, jobs pause");
-        drop(stopping);
-        // Together: whoever follows a job's events is told that they end, and lets go of the server.
-        let ends = (self.jobs.shutdown(GRACE), self.uploads.shutdown(UPLOAD_GRACE));
-        let end = async { tokio::join!(server, ends.0, ends.1).0 };
-        let outcome = tokio::select! {
-            outcome = end => outcome.context("the listener failed"),
-            () = tokio::time::sleep(GRACE) => {
-                tracing::warn!("the grace period is over; cutting what still runs");
-                Ok(())
-            }
-            () = again => {
-                tracing::warn!("asked again to stop; cutting what still runs");
-                Ok(())
-            }
-        };
-        // Jobs that were cut go on from their last checkpoints, uploads from their beginning.
-        self.uploads.shutdown(Duration::ZERO).await;
-        self.jobs.shutdown(Duration::ZERO).await;
+        let grace_s = self.grace.as_secs_f64();
+        tracing::info!(running, grace_s, "stopping; running requests may end, jobs pause");
+        self.drain(again).await;
+        let outcome = self.server.close().await;
         self.jobs.close().await;
+        tracing::info!("stopped");
         outcome
     }
+
+    /// Lets requests end, jobs pause and uploads arrive; cuts what still runs when the time for it is over.
+    async fn drain(&self, again: impl Future<Output = ()>) {
+        let (cutting, cut) = watch::channel(false);
+        // Together: whoever follows a job's events is told that they end, and lets go of the server.
+        let end = async {
+            tokio::join!(
+                self.answers(is_cut(cut.clone())),
+                self.jobs.shutdown_until(is_cut(cut.clone())),
+                self.uploads.shutdown_until(uploads_are_cut(cut)),
+            )
+        };
+        let mut end = pin!(end);
+        tokio::select! {
+            _ = &mut end => {}
+            reason = self.patience(again) => {
+                tracing::warn!("{reason}; cutting what still runs");
+                cutting.send_replace(true);
+                end.await;
+            }
+        }
+    }
+
+    /// Waits until running requests may run no longer; gives the reason.
+    async fn patience(&self, again: impl Future<Output = ()>) -> &'static str {
+        tokio::select! {
+            () = tokio::time::sleep(self.grace) => "the grace period is over",
+            () = again => "asked again to stop",
+        }
+    }
+
+    /// Waits for the running requests to end; has the engine end them once `cut` is through.
+    async fn answers(&self, cut: impl Future<Output = ()>) {
+        tokio::select! {
+            () = self.gate.drained() => return,
+            () = cut => self.engine.cut(),
+        }
+        if tokio::time::timeout(LAST_WORDS, self.gate.drained()).await.is_err() {
+            tracing::warn!("some clients did not take the end of their answers in time");
+        }
+    }
+}
+
+/// Waits until what runs is to be cut.
+async fn is_cut(mut cut: watch::Receiver<bool>) {
+    // An error means that nobody will say so any more, as the end has come.
+    let _ = cut.wait_for(|cut| *cut).await;
+}
+
+/// The same for uploads, which get a shorter time.
+async fn uploads_are_cut(cut: watch::Receiver<bool>) {
+    // Through in time or not, they are cut now.
+    let _ = tokio::time::timeout(UPLOAD_GRACE, is_cut(cut)).await;
 }
 
 /// The jobs of the data folder, which is locked for as long as they are there; none runs yet.

@@ -8,6 +8,7 @@
 #[allow(dead_code, reason = "other tests use the rest of it")]
 #[path = "support/flaky.rs"]
 mod flaky;
+#[allow(dead_code, reason = "other tests use the rest of it")]
 #[path = "support/program.rs"]
 mod program;
 
@@ -24,7 +25,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use self::flaky::{ACCESS_KEY, Flaky, SECRET_KEY};
-use self::program::Program;
+use self::program::{Program, serve};
 
 const BUCKET: &str = "episodes";
 const CLIENTS: u64 = 8;
@@ -37,6 +38,12 @@ const SOON: Duration = Duration::from_secs(120);
 
 fn number(variable: &str, default: u64) -> u64 {
     std::env::var(variable).ok().map_or(default, |text| text.parse().expect("is a number"))
+}
+
+async fn start(dir: &Path) -> Program {
+    let mut command = serve(dir, &[]);
+    command.envs(KEYS).env_remove("AWS_SESSION_TOKEN").env_remove("AWS_PROFILE").env("RUST_LOG", "warn");
+    Program::start(command, "answers on ").await
 }
 
 /// What the clients were told.
@@ -169,7 +176,7 @@ async fn nothing_acknowledged_is_lost_and_every_upload_arrives_once() {
     std::fs::write(dir.path().join("configs/rl_config.yaml"), config).expect("can be written");
 
     let started = Instant::now();
-    let mut program = Program::start(dir.path(), &KEYS).await;
+    let mut program = start(dir.path()).await;
     let (bases, base) = watch::channel(program.base.clone());
     let clients = Arc::new(Clients {
         base,
@@ -190,7 +197,8 @@ async fn nothing_acknowledged_is_lost_and_every_upload_arrives_once() {
         tokio::time::timeout(SOON * 5, reached).await.expect("collecting goes on").expect("has a sender");
         tokio::time::sleep(Duration::from_millis(random.next_u64() % 30)).await;
         pending_at_kills.push(get(&program.base, "/rl/uploads?limit=1").await["counts"]["pending"].as_u64());
-        program = program.again().await;
+        drop(program);
+        program = start(dir.path()).await;
         bases.send_replace(program.base.clone());
     }
     for client in running {

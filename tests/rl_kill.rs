@@ -1,47 +1,15 @@
 //! Jobs that learn from rewards under `kill -9`: the real program over HTTP, ended hard in the middle of a job and started
 //! again. The job goes on by itself and ends with the same bytes as one that was left alone.
 
+#[allow(dead_code, reason = "other tests use the rest of it")]
 #[path = "support/program.rs"]
 mod program;
 
 use std::path::Path;
-use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use self::program::Program;
-
-/// Longer than any job here takes.
-const LIMIT: Duration = Duration::from_secs(240);
-
-async fn post(base: &str, path: &str, body: &Value) -> Value {
-    let response =
-        reqwest::Client::new().post(format!("{base}{path}")).json(body).send().await.expect("answers");
-    let status = response.status();
-    let text = response.text().await.expect("the body is complete");
-    assert!(status.is_success(), "{status}: {text}");
-    serde_json::from_str(&text).expect("is JSON")
-}
-
-async fn get(base: &str, path: &str) -> Value {
-    let response = reqwest::get(format!("{base}{path}")).await.expect("answers");
-    response.json().await.expect("is JSON")
-}
-
-/// Waits until a job's status is as wanted.
-async fn wait_for(base: &str, id: &str, wanted: impl Fn(&Value) -> bool) -> Value {
-    let wait = async {
-        loop {
-            let status = get(base, &format!("/adapter/status/{id}")).await;
-            assert_ne!(status["status"], "failed", "{status}");
-            if wanted(&status) {
-                return status;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    tokio::time::timeout(LIMIT, wait).await.expect("the job goes on")
-}
 
 fn online() -> Value {
     let prompts: Vec<Value> = (0..10)
@@ -66,34 +34,41 @@ fn workplace() -> tempfile::TempDir {
     dir
 }
 
+/// Starts the job; gives its id.
+async fn begin(program: &Program) -> String {
+    let (status, job) = program.post("/rl/train", &online()).await;
+    assert_eq!(status, 202, "{job}");
+    job["job_id"].as_str().expect("is text").to_owned()
+}
+
 #[tokio::test]
 async fn an_online_job_that_was_killed_goes_on_to_the_same_bytes() {
-    let _ = rustls::crypto::ring::default_provider().install_default();
     let alone = workplace();
-    let program = Program::start(alone.path(), &[]).await;
-    let id =
-        post(&program.base, "/rl/train", &online()).await["job_id"].as_str().expect("is text").to_owned();
-    wait_for(&program.base, &id, |status| status["status"] == "completed").await;
+    let program = Program::serving(alone.path(), &[]).await;
+    let id = begin(&program).await;
+    program.job(&id, |job| job["status"] == "completed").await;
     drop(program);
 
     let killed = workplace();
-    let mut program = Program::start(killed.path(), &[]).await;
-    let id =
-        post(&program.base, "/rl/train", &online()).await["job_id"].as_str().expect("is text").to_owned();
+    let mut program = Program::serving(killed.path(), &[]).await;
+    let id = begin(&program).await;
     for step in [3, 7] {
-        wait_for(&program.base, &id, |status| {
-            assert_ne!(status["status"], "completed", "it ended before it could be killed");
-            status["metrics"]["step"].as_u64() >= Some(step)
-        })
-        .await;
-        program = program.again().await;
+        let reached = |job: &Value| {
+            assert_ne!(job["status"], "completed", "it ended before it could be killed");
+            job["metrics"]["step"].as_u64() >= Some(step)
+        };
+        program.job(&id, reached).await;
+        // kill -9
+        drop(program);
+        program = Program::serving(killed.path(), &[]).await;
     }
-    let status = wait_for(&program.base, &id, |status| status["status"] == "completed").await;
-    assert_eq!(status["metrics"]["step"], 12, "{status}");
-    let log = get(&program.base, &format!("/adapter/logs/{id}?limit=1000")).await.to_string();
-    assert_eq!(log.matches("going on after step").count(), 2, "{log}");
-    let answer =
+    let job = program.job(&id, |job| job["status"] == "completed").await;
+    assert_eq!(job["metrics"]["step"], 12, "{job}");
+    let (_, log) = program.get(&format!("/adapter/logs/{id}?limit=1000")).await;
+    assert_eq!(log.to_string().matches("going on after step").count(), 2, "{log}");
+    let prompt =
         json!({"prompt": "say the word 3", "adapter": "learnt", "do_sample": false, "max_new_tokens": 4});
-    assert_eq!(post(&program.base, "/generate-lite", &answer).await["adapter"], "learnt");
+    let (status, answer) = program.post("/generate-lite", &prompt).await;
+    assert_eq!((status, &answer["adapter"]), (200, &json!("learnt")), "{answer}");
     assert!(adapter(killed.path()) == adapter(alone.path()), "the same bytes as without the kills");
 }

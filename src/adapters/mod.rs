@@ -15,6 +15,7 @@ mod durable;
 mod files;
 mod peft;
 mod place;
+mod quota;
 mod registry;
 mod write;
 
@@ -55,6 +56,21 @@ pub enum AdapterError {
         name: String,
         /// What is wrong, with tensor or field, what was expected and what was found.
         reason: String,
+    },
+    /// It would not fit `--adapter-quota`.
+    #[error(
+        "the adapter {name:?} takes {planned} bytes on disk and the others take {used}, together more than the \
+         {quota_bytes} of --adapter-quota; remove some (DELETE /adapter/NAME), lower r, or raise --adapter-quota"
+    )]
+    Quota {
+        /// The name.
+        name: String,
+        /// Bytes that it takes.
+        planned: u64,
+        /// Bytes of the others.
+        used: u64,
+        /// `--adapter-quota`.
+        quota_bytes: u64,
     },
     /// The engine refused it, for want of memory or because it is shutting down.
     #[error(transparent)]

@@ -6,9 +6,12 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
+use tracing::{Instrument as _, Span};
+
 use super::files::{self, Manifest, Stamp};
-use super::{AdapterError, AdapterInfo, TrainedAdapter, check_name, place};
+use super::{AdapterError, AdapterInfo, TrainedAdapter, check_name, place, quota};
 use crate::engine::command::AdapterKey;
+use crate::engine::training::LoraSpec;
 use crate::engine::{AdapterHandle, EngineError, EngineHandle, LoadAdapter};
 use crate::nn::lora::LoraWeights;
 
@@ -21,6 +24,8 @@ pub struct Registry {
 struct Shared {
     dir: PathBuf,
     engine: EngineHandle,
+    /// Bytes that the folder may have; `None` is without a bound.
+    quota_bytes: Option<u64>,
     /// One entry for each name that was ever there, so that generations go on growing after a deletion.
     slots: Mutex<HashMap<String, Arc<Slot>>>,
     /// Held alone between the two renames of a replacement, so that no reader finds the name gone. Guards no
@@ -65,9 +70,29 @@ impl Registry {
     /// A registry over `dir`, which need not exist yet. Touches nothing but the remains of deletions and
     /// replacements that a crash interrupted.
     pub fn new(dir: PathBuf, engine: EngineHandle) -> Self {
+        Self::with_quota(dir, engine, None)
+    }
+
+    /// The same, with a bound on the bytes that training may bring the folder to. Nothing is ever deleted for it.
+    pub fn with_quota(dir: PathBuf, engine: EngineHandle, quota_bytes: Option<u64>) -> Self {
         place::recover(&dir);
-        let shared = Shared { dir, engine, slots: Mutex::default(), replacing: RwLock::default() };
-        Self { shared: Arc::new(shared) }
+        let (slots, replacing) = (Mutex::default(), RwLock::default());
+        Self { shared: Arc::new(Shared { dir, engine, quota_bytes, slots, replacing }) }
+    }
+
+    /// Whether an adapter that is trained like this will have room under the quota.
+    ///
+    /// # Errors
+    /// [`AdapterError::Quota`] with the figures and the remedy; a folder that cannot be measured.
+    pub async fn check_room(&self, name: &str, lora: &LoraSpec) -> Result<(), AdapterError> {
+        let (registry, name, lora) = (self.clone(), name.to_owned(), lora.clone());
+        blocking(move || registry.check_room_now(&name, &lora)).await
+    }
+
+    fn check_room_now(&self, name: &str, lora: &LoraSpec) -> Result<(), AdapterError> {
+        let Some(quota_bytes) = self.shared.quota_bytes else { return Ok(()) };
+        let planned = quota::planned_bytes(lora, &self.shared.engine.info().sites);
+        quota::check(&self.shared.dir, name, planned, quota_bytes)
     }
 
     /// The adapter of this name, on the device. It stays there, as it is now, for as long as the handle lives.
@@ -78,7 +103,11 @@ impl Registry {
         check_name(name)?;
         let (registry, name) = (self.clone(), name.to_owned());
         // A client that leaves must not cut the work in half: others wait for the same adapter.
-        unless_panicked(tokio::spawn(async move { registry.acquire_now(&name).await }).await)
+        let acquire = async move { registry.acquire_now(&name).await };
+        let handle = unless_panicked(tokio::spawn(acquire.in_current_span()).await)?;
+        // Everything that the request or the job logs from here on names what it runs with.
+        Span::current().record("adapter", &handle.name).record("generation", handle.generation);
+        Ok(handle)
     }
 
     /// Every adapter in the folder, by name, those that cannot be used with the reason.
@@ -119,7 +148,7 @@ impl Registry {
     pub async fn delete(&self, name: &str) -> Result<(), AdapterError> {
         check_name(name)?;
         let (registry, name) = (self.clone(), name.to_owned());
-        unless_panicked(tokio::spawn(async move { registry.delete_now(name).await }).await)
+        unless_panicked(tokio::spawn(async move { registry.delete_now(name).await }.in_current_span()).await)
     }
 
     /// Writes a trained adapter into the folder, whatever has its name until now, and has it served from the
@@ -148,7 +177,9 @@ impl Registry {
             ..Manifest::default()
         };
         let publish = async move { registry.publish_now(name, adapter, notes, serve).await };
-        unless_panicked(tokio::spawn(publish).await)
+        let published = unless_panicked(tokio::spawn(publish.in_current_span()).await)?;
+        Span::current().record("generation", published.generation);
+        Ok(published)
     }
 
     /// Has a trainer's weights served under a name as they are now, with no file: `serve` gets the generation and gives
@@ -167,7 +198,8 @@ impl Registry {
     {
         check_name(name)?;
         let (registry, name) = (self.clone(), name.to_owned());
-        unless_panicked(tokio::spawn(async move { registry.publish_live_now(name, serve).await }).await)
+        let publish = async move { registry.publish_live_now(name, serve).await };
+        unless_panicked(tokio::spawn(publish.in_current_span()).await)
     }
 
     async fn publish_live_now<F>(
@@ -255,6 +287,8 @@ impl Registry {
         let (registry, owned, same_slot) = (self.clone(), name.clone(), slot.clone());
         let (generation, stamp) = blocking(move || {
             let dir = &registry.shared.dir;
+            // Other jobs may have filled the folder since this one was accepted.
+            registry.check_room_now(&owned, &adapter.lora)?;
             let generation = registry.next_generation(&owned, &same_slot);
             notes.generation = Some(generation);
             let fill = |folder: &std::path::Path| {
@@ -456,7 +490,8 @@ impl State {
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, AdapterError> + Send + 'static,
 ) -> Result<T, AdapterError> {
-    unless_panicked(tokio::task::spawn_blocking(work).await)
+    let span = Span::current();
+    unless_panicked(tokio::task::spawn_blocking(move || span.in_scope(work)).await)
 }
 
 /// Carries a panic of the task on to the caller. A task that never ran belongs to a runtime that is shutting

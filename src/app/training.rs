@@ -43,6 +43,7 @@ async fn train_one(context: Arc<Context>, handle: JobHandle) -> Outcome {
         Ok(job) => job,
         Err(outcome) => return outcome,
     };
+    tracing::Span::current().record("adapter", &job.adapter_name);
     let (stop, stopped) = watch::channel(train::Stop::No);
     let told = Told(&handle);
     let outcome = tokio::select! {
@@ -58,6 +59,7 @@ async fn learn_one(context: Arc<RlContext>, handle: JobHandle) -> Outcome {
         Ok(job) => job,
         Err(outcome) => return outcome,
     };
+    tracing::Span::current().record("adapter", &job.adapter_name);
     let (stop, stopped) = watch::channel(train::Stop::No);
     let told = Told(&handle);
     let outcome = tokio::select! {

@@ -8,6 +8,7 @@ mod episodes;
 mod eval;
 mod generate;
 mod local;
+mod logging;
 mod merge;
 mod serve;
 mod smoke;
@@ -24,7 +25,7 @@ use clap::Parser as _;
 
 use crate::adapters::sync_folder;
 use crate::app::CannotStart;
-use crate::config::{LogFormat, ServerFlags, Settings};
+use crate::config::{ServerFlags, Settings};
 
 const AFTER_HELP: &str = "\
 Every setting can be given three ways: as a flag (--max-batch 4), as a variable (GURUKUL_MAX_BATCH=4), as a key \
@@ -86,7 +87,8 @@ pub fn main() -> ExitCode {
 
 fn run(line: CommandLine) -> anyhow::Result<()> {
     let settings = Settings::resolve(&line.flags).map_err(|e| e.context(CannotStart))?;
-    start_logging(settings.log);
+    // Flushed when it is dropped, after all work.
+    let _logging = logging::start(settings.log)?;
     match line.command.unwrap_or(Command::Serve) {
         Command::Serve => serve::run(&settings),
         Command::Generate(args) => generate::run(&args, &settings),
@@ -99,18 +101,6 @@ fn run(line: CommandLine) -> anyhow::Result<()> {
         Command::Sources(args) => sources::run(&args, &settings),
         Command::CheckConfig => check_config::run(&settings),
         Command::Bench(args) => bench::run(args, settings),
-    }
-}
-
-/// Log lines go to stderr; stdout belongs to answers. `RUST_LOG` chooses what is logged, else level info, but for the
-/// library that speaks to MCP servers, which tells each step of its protocol.
-fn start_logging(format: LogFormat) {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,rmcp=warn"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
-    match format {
-        LogFormat::Text => builder.with_ansi(io::IsTerminal::is_terminal(&io::stderr())).init(),
-        LogFormat::Json => builder.json().flatten_event(true).init(),
     }
 }
 

@@ -1,22 +1,40 @@
 //! `gurukul serve`: runs the application until a signal ends it.
 
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::time::Duration;
 
-use crate::app;
+use crate::app::{self, Front};
 use crate::config::Settings;
+use crate::engine::EngineHandle;
 
 pub(super) fn run(settings: &Settings) -> anyhow::Result<()> {
     let runtime = super::runtime()?;
-    let app = runtime.block_on(app::App::build(settings))?;
-    let engine = app.engine();
-    super::print(&welcome(app.address(), settings.model.is_none()))?;
-    let outcome = runtime.block_on(async { app.run(app::stop_signal()?).await });
+    let mut engine = None;
+    let outcome = runtime.block_on(serve(settings, &mut engine));
     // Connections that outlived the grace period end here, and with them their requests: the engine then has
     // nothing left to wait for.
     runtime.shutdown_timeout(Duration::from_secs(1));
-    engine.shutdown();
+    if let Some(engine) = engine {
+        engine.shutdown();
+    }
     outcome
+}
+
+/// Gives the engine out as soon as there is one: it ends after the runtime.
+async fn serve(settings: &Settings, engine: &mut Option<EngineHandle>) -> anyhow::Result<()> {
+    let mut stop = pin!(app::stop_signal()?);
+    let front = Front::open(settings).await?;
+    let app = tokio::select! {
+        app = front.load(settings) => app?,
+        _ = &mut stop => {
+            tracing::info!("asked to stop while the model was being loaded; nothing was begun");
+            return Ok(());
+        }
+    };
+    *engine = Some(app.engine());
+    super::print(&welcome(app.address(), settings.model.is_none()))?;
+    app.run(stop).await
 }
 
 /// Where the server is; with the demo model, also three requests to paste.

@@ -14,6 +14,7 @@ use crate::app::{self, CannotStart};
 use crate::config::Settings;
 use crate::config::adapter::AdapterConfig;
 use crate::config::connectors::Connectors;
+use crate::jobs::FolderLock;
 use crate::train::{self, Context, Ending, Progress, Reporter, Stop, TrainJob};
 
 /// What is taught, and under which name.
@@ -52,6 +53,11 @@ pub(super) fn run(args: &Args, settings: &Settings) -> anyhow::Result<()> {
         Some(id) => (id.clone(), kept(&jobs_dir, id).context(CannotStart)?),
         None => (uuid::Uuid::now_v7().simple().to_string(), args.job(settings).context(CannotStart)?),
     };
+    let _folder = FolderLock::take(&settings.data_dir)
+        .context(
+            "gurukul train has the data folder for itself; a running server has POST /adapter/train-lite",
+        )
+        .context(CannotStart)?;
     let runtime = super::runtime()?;
     let loaded = runtime.block_on(app::load(settings))?;
     let context = Context {

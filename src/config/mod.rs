@@ -3,6 +3,7 @@
 
 pub mod adapter;
 pub mod connectors;
+pub mod duration;
 mod named;
 pub mod origin;
 mod range;
@@ -12,7 +13,9 @@ pub mod rl_sinks;
 pub mod rl_train;
 pub mod server;
 pub mod size;
+pub mod size_or;
 mod yaml;
 
+pub use duration::TimeSpan;
 pub use server::{EngineSettings, LogFormat, ServerFlags, Settings};
 pub use size::ByteSize;

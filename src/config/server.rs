@@ -1,15 +1,17 @@
 //! The server's settings: [`Typed`] as flags, environment and `server.yaml` give them, [`Settings`] as resolved.
 //! Precedence: flags, `GURUKUL_*`, `server.yaml`, defaults. It reads one file and opens no model and no socket.
 
-use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 
+use super::duration::TimeSpan;
 use super::origin::{Origin, Sourced, from_environment, pick};
-use super::size::{ByteSize, SizeError};
+use super::size::ByteSize;
+use super::size_or::{CacheSize, QuotaSize};
 use crate::engine::EngineConfig;
 use crate::model::load::{DeviceChoice, DtypeChoice};
 use crate::nn::quant::Quantization;
@@ -31,46 +33,6 @@ impl FromStr for LogFormat {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
         clap::ValueEnum::from_str(text, false).map_err(|_| "use text or json".to_owned())
-    }
-}
-
-/// A byte size, or `auto`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CacheSize {
-    /// The engine plans it from the model and the free memory.
-    Auto,
-    /// This much.
-    Bytes(ByteSize),
-}
-
-impl FromStr for CacheSize {
-    type Err = SizeError;
-    fn from_str(text: &str) -> Result<Self, SizeError> {
-        if text.trim() == "auto" { Ok(Self::Auto) } else { text.parse().map(Self::Bytes) }
-    }
-}
-
-impl fmt::Display for CacheSize {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Auto => f.write_str("auto"),
-            Self::Bytes(size) => size.fmt(f),
-        }
-    }
-}
-
-impl<'de> serde::Deserialize<'de> for CacheSize {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        #[derive(serde::Deserialize)]
-        #[serde(untagged)]
-        enum Form {
-            Number(u64),
-            Text(String),
-        }
-        match Form::deserialize(deserializer)? {
-            Form::Number(bytes) => Ok(Self::Bytes(ByteSize(bytes))),
-            Form::Text(text) => text.parse().map_err(serde::de::Error::custom),
-        }
     }
 }
 
@@ -123,6 +85,9 @@ pub struct Typed {
     /// Ended jobs that are remembered [default: 1000]
     #[arg(long, global = true, value_name = "N")]
     pub keep_jobs: Option<u32>,
+    /// Bytes on disk that the adapters may have together before training is refused: none, or a size [default: none]
+    #[arg(long, global = true, value_name = "SIZE")]
+    pub adapter_quota: Option<QuotaSize>,
     /// Largest request body [default: 1MiB]
     #[arg(long, global = true, value_name = "SIZE")]
     pub max_body: Option<ByteSize>,
@@ -132,6 +97,9 @@ pub struct Typed {
     /// Longest prompt, in bytes of UTF-8 [default: 256KiB]
     #[arg(long, global = true, value_name = "SIZE")]
     pub max_prompt: Option<ByteSize>,
+    /// Time that running requests and jobs get after the signal to stop [default: 30s]
+    #[arg(long, global = true, value_name = "TIME")]
+    pub grace: Option<TimeSpan>,
     /// Log lines on stderr as text or json [default: text]
     #[arg(long, global = true, value_name = "FORMAT")]
     pub log: Option<LogFormat>,
@@ -164,9 +132,11 @@ impl Typed {
             train_share,
             max_parallel_jobs,
             keep_jobs,
+            adapter_quota,
             max_body,
             max_upload,
             max_prompt,
+            grace,
             log,
             insecure_no_auth,
         ))
@@ -270,12 +240,16 @@ pub struct Settings {
     pub max_parallel_jobs: usize,
     /// Ended jobs that are remembered.
     pub keep_jobs: u32,
+    /// Bytes on disk that the adapters may have together; `None` is without a bound.
+    pub adapter_quota_bytes: Option<u64>,
     /// Largest request body, bytes.
     pub max_body_bytes: usize,
     /// Largest uploaded file, bytes.
     pub max_upload_bytes: usize,
     /// Longest prompt, bytes of UTF-8.
     pub max_prompt_bytes: usize,
+    /// Time that running requests and jobs get after the signal to stop.
+    pub grace: Duration,
     /// How log lines look.
     pub log: LogFormat,
     /// Key, value and origin of every setting, in the order of `server.yaml`.
@@ -342,9 +316,11 @@ impl Settings {
         let train_share = pick!(train_share, 0.5);
         let max_parallel_jobs = pick!(max_parallel_jobs, 1_usize);
         let keep_jobs = pick!(keep_jobs, 1000_u32);
+        let adapter_quota = pick!(adapter_quota, QuotaSize::None);
         let max_body = pick!(max_body, ByteSize(1 << 20));
         let max_upload = pick!(max_upload, ByteSize(64 << 20));
         let mut max_prompt = pick!(max_prompt, ByteSize(256 << 10));
+        let grace = pick!(grace, TimeSpan::seconds(30));
         let log = pick!(log, LogFormat::Text);
         let insecure_no_auth = pick!(insecure_no_auth, false);
 
@@ -412,9 +388,11 @@ impl Settings {
             train_share: train_share.value.to_string(),
             max_parallel_jobs: max_parallel_jobs.value.to_string(),
             keep_jobs: keep_jobs.value.to_string(),
+            adapter_quota: quoted(&adapter_quota.value.to_string()),
             max_body: quoted(&max_body.value.to_string()),
             max_upload: quoted(&max_upload.value.to_string()),
             max_prompt: quoted(&max_prompt.value.to_string()),
+            grace: quoted(&grace.value.to_string()),
             log: match log.value { LogFormat::Text => "text".into(), LogFormat::Json => "json".into() },
             insecure_no_auth: insecure_no_auth.value.to_string(),
         ];
@@ -428,9 +406,17 @@ impl Settings {
             engine,
             max_parallel_jobs: max_parallel_jobs.within(1, 16)?,
             keep_jobs: keep_jobs.within(1, 1_000_000)?,
+            adapter_quota_bytes: match adapter_quota.value {
+                QuotaSize::None => None,
+                QuotaSize::Bytes(value) => {
+                    let size = Sourced { name: "adapter_quota", value, origin: adapter_quota.origin.clone() };
+                    Some(size.within(ByteSize(1 << 10), ByteSize(1 << 50))?.0)
+                }
+            },
             max_body_bytes: max_body_bytes.0 as usize,
             max_upload_bytes: max_upload.within(ByteSize(1 << 10), ByteSize(1 << 34))?.0 as usize,
             max_prompt_bytes: max_prompt_bytes.0 as usize,
+            grace: grace.within(TimeSpan::seconds(0), TimeSpan::seconds(24 * 3600))?.0,
             log: log.value,
             lines,
         })

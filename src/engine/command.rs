@@ -213,6 +213,15 @@ pub struct Generation {
     pub events: mpsc::UnboundedReceiver<Event>,
 }
 
+/// A command on its way, with the span of whoever asks: what the engine logs about it names the request or the job.
+#[derive(Debug)]
+pub(crate) struct Envelope {
+    /// What is asked.
+    pub(crate) command: Command,
+    /// Who asks.
+    pub(crate) span: tracing::Span,
+}
+
 /// Everything the engine thread can be asked.
 #[derive(Debug)]
 pub(crate) enum Command {
@@ -220,6 +229,8 @@ pub(crate) enum Command {
     Generate(Box<GenerateRequest>, mpsc::UnboundedSender<Event>, std::time::Instant),
     /// Log-probability of each token of a text given those before it.
     Score(ScoreRequest, oneshot::Sender<Result<Vec<f32>, EngineError>>),
+    /// End all requests with an error: the process stops and waits no longer.
+    Cut,
     /// Put an adapter on the device.
     LoadAdapter(LoadAdapter, oneshot::Sender<Result<AdapterHandle, EngineError>>),
     /// Forget an adapter; running requests keep it until they end.

@@ -24,11 +24,11 @@ use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
 
 pub use answer::{Answer, AnswerToken};
-use command::Command;
 pub use command::{
     AdapterHandle, Event, FinishReason, GenerateRequest, Generation, LoadAdapter, PositionLogprobs, Sampling,
     ScoreRequest, TokenLogprob, Usage,
 };
+use command::{Command, Envelope};
 pub use trainer_handle::Trainer;
 
 use crate::model::load::{DeviceChoice, DtypeChoice};
@@ -163,6 +163,8 @@ pub struct ModelInfo {
     pub max_queue: usize,
     /// `--train-share`.
     pub train_share: f64,
+    /// `--adapter-cache`.
+    pub adapter_cache_bytes: u64,
 }
 
 /// A moment of the engine, refreshed after every step and readable without waiting for one.
@@ -198,8 +200,21 @@ pub struct EngineStats {
     pub train_steps: u64,
     /// Trainers that hold memory.
     pub trainers: usize,
+    /// Bytes that were planned for them.
+    pub train_planned_bytes: u64,
     /// Resident adapters: name, generation, bytes.
     pub adapters: Vec<(String, u64, u64)>,
+}
+
+/// Whether the engine's thread is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Liveness {
+    /// It takes requests.
+    Accepting,
+    /// It was told to end.
+    ShutDown,
+    /// It ended by itself.
+    Dead,
 }
 
 /// A cheap clone that anyone may hold.
@@ -210,7 +225,7 @@ pub struct EngineHandle {
 
 struct Shared {
     /// `None` once shutdown has begun: dropping the sender is what ends the thread.
-    commands: Mutex<Option<std_mpsc::Sender<Command>>>,
+    commands: Mutex<Option<std_mpsc::Sender<Envelope>>>,
     info: ModelInfo,
     in_flight: Arc<AtomicUsize>,
     stats: Arc<Mutex<EngineStats>>,
@@ -257,11 +272,22 @@ impl EngineHandle {
         stats
     }
 
-    /// Whether requests are still taken: false once shutdown has begun or the thread has ended. Never waits.
-    pub fn is_accepting(&self) -> bool {
-        let open = self.shared.commands.lock().expect("no holder of the sender lock panics").is_some();
+    /// Whether the thread is there to answer. Never waits.
+    pub fn liveness(&self) -> Liveness {
+        let is_open = self.shared.commands.lock().expect("no holder of the sender lock panics").is_some();
         let thread = self.shared.thread.lock().expect("no holder of the thread lock panics");
-        open && thread.as_ref().is_some_and(|thread| !thread.is_finished())
+        match thread.as_ref() {
+            Some(thread) if is_open && !thread.is_finished() => Liveness::Accepting,
+            // Nobody told it to end: it panicked.
+            Some(thread) if is_open && thread.is_finished() => Liveness::Dead,
+            _ => Liveness::ShutDown,
+        }
+    }
+
+    /// Ends every request that runs or waits with [`EngineError::Stopped`], before the next step. Others are still taken.
+    pub fn cut(&self) {
+        // An engine that has stopped has nothing left to cut.
+        let _ = self.send(Command::Cut);
     }
 
     /// Submits a request. Returns at once; what happens comes as events.
@@ -380,6 +406,7 @@ impl EngineHandle {
 
     fn send(&self, command: Command) -> Result<(), EngineError> {
         let sender = self.shared.commands.lock().expect("no holder of the sender lock panics");
-        sender.as_ref().ok_or(EngineError::Stopped)?.send(command).map_err(|_| EngineError::Stopped)
+        let envelope = Envelope { command, span: tracing::Span::current() };
+        sender.as_ref().ok_or(EngineError::Stopped)?.send(envelope).map_err(|_| EngineError::Stopped)
     }
 }

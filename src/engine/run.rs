@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 
 use super::adapters::Adapters;
-use super::command::Command;
+use super::command::{Command, Envelope};
 use super::memory::{check_weights, free_bytes, plan_pages};
 use super::scheduler::{Limits, Scheduler, SequenceId, Slice};
 use super::sequence::{Progress, Sequence};
@@ -32,7 +32,7 @@ const ALONE: usize = 4;
 pub(super) fn thread(
     config: EngineConfig,
     tokenizer: Arc<Tokenizer>,
-    inbox: mpsc::Receiver<Command>,
+    inbox: mpsc::Receiver<Envelope>,
     ready: mpsc::Sender<Result<ModelInfo>>,
     in_flight: Arc<AtomicUsize>,
     stats: Arc<Mutex<EngineStats>>,
@@ -51,13 +51,13 @@ pub(super) fn thread(
     loop {
         if engine.scheduler.is_idle() && !engine.trainers.has_work() {
             match inbox.recv() {
-                Ok(command) => engine.obey(command),
+                Ok(envelope) => engine.take(envelope),
                 Err(mpsc::RecvError) => break,
             }
         }
         // A closed inbox shows at the next `recv`; what was accepted is served first.
-        while let Ok(command) = inbox.try_recv() {
-            engine.obey(command);
+        while let Ok(envelope) = inbox.try_recv() {
+            engine.take(envelope);
         }
         engine.drop_abandoned();
         engine.turn();
@@ -122,6 +122,7 @@ impl Engine {
             max_batch: config.max_batch,
             max_queue: config.max_queue,
             train_share: config.train_share,
+            adapter_cache_bytes: config.adapter_cache_bytes,
         };
         let limits = Limits {
             max_batch: config.max_batch,
@@ -147,6 +148,12 @@ impl Engine {
         Ok((engine, info))
     }
 
+    /// Does what is asked as part of what it is asked for.
+    fn take(&mut self, Envelope { command, span }: Envelope) {
+        let _entered = span.enter();
+        self.obey(command);
+    }
+
     fn obey(&mut self, command: Command) {
         match command {
             Command::Generate(request, events, submitted) => {
@@ -157,6 +164,7 @@ impl Engine {
                 ));
             }
             Command::Score(request, reply) => self.admit(Sequence::score(request, reply)),
+            Command::Cut => self.cut(),
             Command::LoadAdapter(adapter, reply) => {
                 let loaded = self.adapters.load(adapter, &self.model);
                 // Whoever asked may have gone; the adapter is then resident and unpinned.
@@ -174,7 +182,7 @@ impl Engine {
             Command::CreateTrainer(id, spec, reply) => {
                 let plan = self.plan_training(&spec);
                 let created = plan.and_then(|plan| self.trainers.create(id, *spec, plan, &self.model));
-                self.publish(|stats, engine| stats.trainers = engine.trainers.count());
+                self.publish_trainers();
                 let _ = reply.send(created);
             }
             Command::Pass(id, batch, kind, reply) => {
@@ -184,8 +192,10 @@ impl Engine {
                 let began = Instant::now();
                 let stepped = self.trainers.between_passes(id, |trainer| trainer.step(parameters));
                 let _ = reply.send(stepped);
+                let seconds = began.elapsed().as_secs_f64();
+                metrics::optimizer_step(seconds);
                 self.publish(|stats, _| {
-                    stats.train_s += began.elapsed().as_secs_f64();
+                    stats.train_s += seconds;
                     stats.train_steps += 1;
                 });
             }
@@ -214,7 +224,7 @@ impl Engine {
             }
             Command::DropTrainer(id) => {
                 self.trainers.forget(id);
-                self.publish(|stats, engine| stats.trainers = engine.trainers.count());
+                self.publish_trainers();
             }
         }
     }
@@ -229,7 +239,17 @@ impl Engine {
     fn remove(&mut self, id: SequenceId) -> Option<Sequence> {
         self.scheduler.remove(id);
         self.in_flight.fetch_sub(1, Ordering::Relaxed);
-        self.sequences.remove(&id)
+        self.sequences.remove(&id).inspect(Sequence::count_tokens)
+    }
+
+    fn cut(&mut self) {
+        let all: Vec<SequenceId> = self.sequences.keys().copied().collect();
+        for &id in &all {
+            if let Some(sequence) = self.remove(id) {
+                sequence.fail(EngineError::Stopped);
+            }
+        }
+        self.publish(|stats, _| stats.finished += all.len() as u64);
     }
 
     /// Requests whose client has gone free their slot before they cost another step.
@@ -321,22 +341,25 @@ impl Engine {
         let ended = match result {
             Ok(ended) => ended,
             Err(error) => {
-                tracing::error!(%error, "a step failed; its requests end with an error");
+                tracing::error!(%error, requests = slices.len(), "a step failed; its requests end with an error");
                 slices.iter().map(|s| (s.id, Some(EngineError::Device(error.to_string())))).collect()
             }
         };
         for (id, error) in &ended {
             if let (Some(sequence), Some(error)) = (self.remove(*id), error) {
+                sequence.span.in_scope(|| tracing::warn!(%error, "the request ends with an error"));
                 sequence.fail(error.clone());
             }
         }
         let prompt_tokens: usize =
             slices.iter().filter(|s| s.count > 1 || s.start == 0).map(|s| s.count).sum();
+        let seconds = begun.elapsed().as_secs_f64();
+        metrics::step(slices.len(), seconds);
         self.publish(|stats, _| {
             stats.steps += 1;
             stats.prompt_tokens += prompt_tokens as u64;
             stats.finished += ended.len() as u64;
-            stats.busy_s += begun.elapsed().as_secs_f64();
+            stats.busy_s += seconds;
         });
     }
 
@@ -404,6 +427,13 @@ impl Engine {
         let logits = self.model.forward(batch, &mut self.cache)?;
         // candle cannot turn a matrix without rows into vectors.
         if batch.outputs.is_empty() { Ok(Vec::new()) } else { logits.to_vec2() }
+    }
+
+    fn publish_trainers(&self) {
+        self.publish(|stats, engine| {
+            stats.trainers = engine.trainers.count();
+            stats.train_planned_bytes = engine.trainers.planned_bytes();
+        });
     }
 
     fn publish(&self, change: impl FnOnce(&mut EngineStats, &Self)) {

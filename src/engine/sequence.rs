@@ -9,6 +9,7 @@ use super::EngineError;
 use super::command::{AdapterHandle, Event, FinishReason, GenerateRequest, ScoreRequest, Usage};
 use super::detokenize::Detokenizer;
 use super::sampler::{Sampler, logprobs};
+use crate::metrics;
 use crate::model::tokenizer::Tokenizer;
 
 /// A request with its state.
@@ -18,6 +19,8 @@ pub(super) struct Sequence {
     /// Held as long as the request lives: it pins the adapter.
     pub(super) adapter: Option<AdapterHandle>,
     pub(super) work: Work,
+    /// Of whoever asked.
+    pub(super) span: tracing::Span,
 }
 
 /// What the request is after.
@@ -38,6 +41,7 @@ pub(super) struct Answer {
     submitted: Instant,
     started: Option<Instant>,
     first_token: Option<Instant>,
+    latest_token: Option<Instant>,
 }
 
 /// Whether a sequence goes on after a step.
@@ -76,8 +80,10 @@ impl Sequence {
             submitted,
             started: None,
             first_token: None,
+            latest_token: None,
         };
-        Self { tokens: request.prompt, adapter: request.adapter, work: Work::Answer(Box::new(answer)) }
+        let work = Work::Answer(Box::new(answer));
+        Self { tokens: request.prompt, adapter: request.adapter, work, span: tracing::Span::current() }
     }
 
     pub(super) fn score(
@@ -86,7 +92,7 @@ impl Sequence {
     ) -> Self {
         let ScoreRequest { tokens, from, adapter } = request;
         let logprobs = Vec::with_capacity(tokens.len() - from);
-        Self { tokens, adapter, work: Work::Score { from, logprobs, reply } }
+        Self { tokens, adapter, work: Work::Score { from, logprobs, reply }, span: tracing::Span::current() }
     }
 
     /// Tokens that it may have in the end.
@@ -150,6 +156,14 @@ impl Sequence {
         }
     }
 
+    /// Puts what it was given and what it gave into the metrics, at its end. Scores are no answers.
+    pub(super) fn count_tokens(&self) {
+        if let Work::Answer(answer) = &self.work {
+            let adapter = self.adapter.as_ref().map(|key| key.name.as_str());
+            metrics::tokens(adapter, answer.prompt_tokens, self.tokens.len() - answer.prompt_tokens);
+        }
+    }
+
     /// Tells whoever asked that the request failed.
     pub(super) fn fail(self, error: EngineError) {
         // An asker that has gone needs no answer.
@@ -171,6 +185,9 @@ impl Answer {
         let top = self.top_logprobs.unwrap_or(0);
         let position = unchanged.map(|row| logprobs(&row, token, top, self.sampler.temperature()));
         self.first_token.get_or_insert(now);
+        if let Some(before) = self.latest_token.replace(now) {
+            metrics::token_gap(now.duration_since(before).as_secs_f64());
+        }
         tokens.push(token);
         let new = tokens.len() - self.prompt_tokens;
         if self.stop_token_ids.contains(&token) {

@@ -20,7 +20,7 @@ use crate::rl::{CollectError, LogError};
 use crate::train::TrainError;
 
 /// Seconds after which a client may come back where nothing better is known.
-const DEFAULT_RETRY_AFTER_S: u64 = 5;
+pub(super) const DEFAULT_RETRY_AFTER_S: u64 = 5;
 
 /// Whose fault it is, in the words of OpenAI's API.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
@@ -113,18 +113,23 @@ impl ApiError {
 
     /// 507: the disk is full, and nothing of the request was stored.
     fn storage_full(message: String) -> Self {
+        Self::no_room("storage_full", message)
+    }
+
+    /// 507: there is no room on disk.
+    fn no_room(code: &'static str, message: String) -> Self {
         Self {
             status: StatusCode::INSUFFICIENT_STORAGE,
             kind: ErrorType::ServiceUnavailableError,
             message,
             param: None,
-            code: "storage_full",
+            code,
             retry_after_s: None,
         }
     }
 
     /// 503 with a hint when to come back.
-    fn unavailable(code: &'static str, message: String) -> Self {
+    pub(super) fn unavailable(code: &'static str, message: String) -> Self {
         Self {
             status: StatusCode::SERVICE_UNAVAILABLE,
             kind: ErrorType::ServiceUnavailableError,
@@ -214,6 +219,7 @@ impl From<AdapterError> for ApiError {
             AdapterError::Invalid { .. } => {
                 Self::new(StatusCode::UNPROCESSABLE_ENTITY, "adapter_invalid", message).param("adapter")
             }
+            AdapterError::Quota { .. } => Self::no_room("adapter_quota", message),
             AdapterError::Engine(error) => error.into(),
             AdapterError::Io { .. } => Self::internal(message),
         }
@@ -274,6 +280,10 @@ impl From<JobsError> for ApiError {
                     "job_store_failed",
                     format!("{message}; nothing was changed, try again later"),
                 )
+            }
+            JobsError::Full(reason) => {
+                tracing::error!(%reason, "the job store has no room");
+                Self::storage_full(format!("{message}; nothing was changed, make room in the data folder"))
             }
             JobsError::Stopping => Self::unavailable("shutting_down", message),
         }

@@ -1,19 +1,24 @@
-//! `GET /health`: what the server is and how it does. Reads the engine's last snapshot and the job store, so it answers
-//! at once also while the engine is in the middle of a step.
+//! `GET /health`: what the server is and how it does; `/health/live` and `/health/ready`: whether to restart it, whether to
+//! send it requests. Reads the engine's last snapshot and the job store, so it answers at once also while the engine is in
+//! the middle of a step.
 
-use axum::Json;
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::routing::get;
+use axum::{Json, Router};
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::error::DEFAULT_RETRY_AFTER_S;
+use super::gate::{Lifecycle, Phase};
 use super::state::AppState;
+use crate::engine::Liveness;
 use crate::jobs::{Counts, JobFilter, JobState, Jobs, JobsError, rfc3339};
 
 /// State of the server.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Health {
-    /// `ok`; `stopping` once no request is taken any more.
+    /// `ok`; `stopping` once no request is taken any more; `failed` when the engine's thread has ended by itself.
     status: &'static str,
     /// Of the server.
     version: &'static str,
@@ -35,6 +40,44 @@ pub(super) struct Health {
     adapters: Vec<ResidentAdapter>,
     /// Training jobs.
     jobs: JobsHealth,
+}
+
+/// State of a server that does not take requests.
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "only its schema is used: the two are answered where they are known")]
+pub(super) enum NotServing {
+    /// With everything that is known of the model
+    Stopping(Box<Health>),
+    /// There is no model yet
+    Loading(Loading),
+}
+
+/// State of a server that has no model yet.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Loading {
+    /// `loading`; `stopping` when it was asked to stop meanwhile.
+    status: &'static str,
+    /// Of the server.
+    version: &'static str,
+    /// Seconds since the start.
+    uptime_s: f64,
+}
+
+/// Whether the process is to be left alone.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Live {
+    /// `live`; `failed` when only a restart helps.
+    status: &'static str,
+}
+
+/// Whether requests are answered.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Ready {
+    /// `ready`, `loading`, `stopping` or `failed`.
+    status: &'static str,
+    /// Why requests are not answered; null when they are.
+    reason: Option<&'static str>,
 }
 
 /// What is served.
@@ -181,20 +224,21 @@ impl JobsHealth {
     tag = "server",
     responses(
         (status = 200, description = "The server takes requests", body = Health),
-        (status = 503, description = "The server is stopping", body = Health),
+        (status = 503, description = "The server is loading the model or stopping, or its engine has failed", body = NotServing),
     )
 )]
 pub(super) async fn health(State(state): State<AppState>) -> (StatusCode, Json<Health>) {
     let (info, stats) = (state.engine.info(), state.engine.stats());
-    let (code, status) = match state.engine.is_accepting() {
-        true => (StatusCode::OK, "ok"),
-        false => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
+    let ready = readiness(state.lifecycle.phase(), state.engine.liveness());
+    let (code, status) = match ready.status {
+        "ready" => (StatusCode::OK, "ok"),
+        status => (StatusCode::SERVICE_UNAVAILABLE, status),
     };
     let resident = |(name, generation, bytes)| ResidentAdapter { name, generation, bytes };
     let health = Health {
         status,
         version: env!("CARGO_PKG_VERSION"),
-        uptime_s: state.started.elapsed().as_secs_f64(),
+        uptime_s: state.lifecycle.started().elapsed().as_secs_f64(),
         device: info.device.clone(),
         model: ModelHealth {
             id: state.settings.model_id.clone(),
@@ -230,6 +274,86 @@ pub(super) async fn health(State(state): State<AppState>) -> (StatusCode, Json<H
     (code, Json(health))
 }
 
+/// Whether the process lives
+///
+/// 200 from the moment that the port is taken, also while the model is loaded and while the server stops. 503 means that
+/// only a restart helps.
+#[utoipa::path(
+    get,
+    path = "/health/live",
+    tag = "server",
+    responses(
+        (status = 200, description = "Leave it alone", body = Live),
+        (status = 503, description = "The engine's thread has ended by itself: restart the server", body = Live),
+    )
+)]
+pub(super) async fn live(State(state): State<AppState>) -> (StatusCode, Json<Live>) {
+    match state.engine.liveness() {
+        Liveness::Dead => (StatusCode::SERVICE_UNAVAILABLE, Json(Live { status: "failed" })),
+        Liveness::Accepting | Liveness::ShutDown => (StatusCode::OK, Json(Live { status: "live" })),
+    }
+}
+
+/// Whether requests are answered
+#[utoipa::path(
+    get,
+    path = "/health/ready",
+    tag = "server",
+    responses(
+        (status = 200, description = "The model answers", body = Ready),
+        (status = 503, description = "Not now, with the reason; Retry-After tells when to ask again", body = Ready),
+    )
+)]
+pub(super) async fn ready(State(state): State<AppState>) -> (StatusCode, HeaderMap, Json<Ready>) {
+    told(readiness(state.lifecycle.phase(), state.engine.liveness()))
+}
+
+/// The same paths for a process that has no model yet.
+pub(super) fn without_a_model() -> Router<Lifecycle> {
+    let not_yet = |lifecycle: &Lifecycle| readiness(lifecycle.phase(), Liveness::Accepting);
+    let health = async move |State(lifecycle): State<Lifecycle>| {
+        let health = Loading {
+            status: not_yet(&lifecycle).status,
+            version: env!("CARGO_PKG_VERSION"),
+            uptime_s: lifecycle.started().elapsed().as_secs_f64(),
+        };
+        (StatusCode::SERVICE_UNAVAILABLE, retry_after(), Json(health))
+    };
+    Router::new()
+        .route("/health", get(health))
+        .route("/health/live", get(async || Json(Live { status: "live" })))
+        .route(
+            "/health/ready",
+            get(async move |State(lifecycle): State<Lifecycle>| told(not_yet(&lifecycle))),
+        )
+}
+
+fn readiness(phase: Phase, engine: Liveness) -> Ready {
+    let (status, reason) = match (phase, engine) {
+        (Phase::Loading, _) => ("loading", Some("the model is being downloaded or loaded")),
+        (_, Liveness::Dead) => (
+            "failed",
+            Some("the engine's thread has ended by itself; the log has the reason; restart the server"),
+        ),
+        (Phase::Stopping, _) | (_, Liveness::ShutDown) => {
+            ("stopping", Some("the server takes no more requests"))
+        }
+        (Phase::Serving, Liveness::Accepting) => ("ready", None),
+    };
+    Ready { status, reason }
+}
+
+fn told(ready: Ready) -> (StatusCode, HeaderMap, Json<Ready>) {
+    match ready.reason {
+        None => (StatusCode::OK, HeaderMap::new(), Json(ready)),
+        Some(_) => (StatusCode::SERVICE_UNAVAILABLE, retry_after(), Json(ready)),
+    }
+}
+
+fn retry_after() -> HeaderMap {
+    HeaderMap::from_iter([(header::RETRY_AFTER, HeaderValue::from(DEFAULT_RETRY_AFTER_S))])
+}
+
 /// Bytes of this process in main memory, as Linux tells it.
 pub(super) fn resident_set_bytes() -> Option<u64> {
     resident_set_of(&std::fs::read_to_string("/proc/self/status").ok()?)
@@ -244,6 +368,27 @@ fn resident_set_of(status: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_server_is_ready_when_it_serves_and_its_engine_lives() {
+        for (phase, engine, status) in [
+            (Phase::Loading, Liveness::Accepting, "loading"),
+            (Phase::Serving, Liveness::Accepting, "ready"),
+            (Phase::Serving, Liveness::Dead, "failed"),
+            (Phase::Serving, Liveness::ShutDown, "stopping"),
+            (Phase::Stopping, Liveness::Accepting, "stopping"),
+            (Phase::Stopping, Liveness::Dead, "failed"),
+        ] {
+            let (code, headers, Json(ready)) = told(readiness(phase, engine));
+            assert_eq!(ready.status, status, "{phase:?} {engine:?}");
+            assert_eq!(code == StatusCode::OK, status == "ready", "{phase:?} {engine:?}");
+            assert_eq!(
+                headers.contains_key(header::RETRY_AFTER),
+                ready.reason.is_some(),
+                "{phase:?} {engine:?}"
+            );
+        }
+    }
 
     #[test]
     fn the_resident_set_is_read_from_the_status() {

@@ -271,6 +271,7 @@ pub(super) async fn log_tail(
         (status = 404, description = "No such job", body = ErrorBody),
         (status = 409, description = "It has ended already", body = ErrorBody),
         (status = 503, description = "The server is stopping, or its disk refuses", body = ErrorBody),
+        (status = 507, description = "The disk is full", body = ErrorBody),
     ),
 )]
 pub(super) async fn cancel(
@@ -294,6 +295,7 @@ pub(super) async fn cancel(
         (status = 404, description = "No such job", body = ErrorBody),
         (status = 409, description = "It has not ended, it is completed, or another job has its adapter's name", body = ErrorBody),
         (status = 503, description = "The server is stopping, or its disk refuses", body = ErrorBody),
+        (status = 507, description = "The disk is full", body = ErrorBody),
     ),
 )]
 pub(super) async fn resume(

@@ -8,8 +8,9 @@ use axum::response::IntoResponse;
 use super::health::resident_set_bytes;
 use super::rl_collect::COLLECT_KIND;
 use super::state::{AppState, unix_now_s};
+use crate::engine::{EngineStats, ModelInfo};
 use crate::jobs::{Counts, JobFilter, JobState, JobsError, PromiseCounts};
-use crate::metrics::{self, EngineSnapshot, RunningJob};
+use crate::metrics::{self, Build, EngineSnapshot, MemoryPart, RunningJob};
 
 /// Metrics
 ///
@@ -22,7 +23,7 @@ use crate::metrics::{self, EngineSnapshot, RunningJob};
 )]
 pub(super) async fn render(State(state): State<AppState>) -> impl IntoResponse {
     let (info, stats) = (state.engine.info(), state.engine.stats());
-    metrics::engine(&EngineSnapshot {
+    let engine = metrics::engine(&EngineSnapshot {
         running: stats.running,
         waiting: stats.waiting,
         queue_limit: info.max_queue,
@@ -41,8 +42,11 @@ pub(super) async fn render(State(state): State<AppState>) -> impl IntoResponse {
         training_steps: stats.train_steps,
         trainers: stats.trainers,
         training_share: info.train_share,
+        memory: memory(info, &stats),
     });
-    metrics::process(state.started.elapsed().as_secs_f64(), resident_set_bytes());
+    let uptime_s = state.lifecycle.started().elapsed().as_secs_f64();
+    let build = Build { device: &info.device, started_unix_s: state.started_unix_s() as f64 };
+    metrics::process(&build, uptime_s, resident_set_bytes());
     let running = match jobs(&state).await {
         Ok(running) => running,
         Err(error) => {
@@ -54,8 +58,25 @@ pub(super) async fn render(State(state): State<AppState>) -> impl IntoResponse {
         Ok(counts) => uploads(counts),
         Err(error) => tracing::error!(%error, "the metrics are without the uploads"),
     }
-    let text = state.prometheus.render() + &metrics::running_jobs(&running);
+    match state.uploads.pending_by_sink().await {
+        Ok(by_sink) => metrics::uploads_pending(&by_sink),
+        Err(error) => tracing::error!(%error, "the metrics are without the sinks of the uploads"),
+    }
+    let text = state.prometheus.render() + &engine + &metrics::running_jobs(&running);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
+}
+
+/// Training tells what it was promised alone: what it takes of that is part of the process's memory.
+fn memory(info: &ModelInfo, stats: &EngineStats) -> [MemoryPart; 4] {
+    let of = |part, planned_bytes, used_bytes| MemoryPart { part, planned_bytes, used_bytes };
+    let reserved = info.kv_cache_bytes / info.kv_cache_tokens.max(1) as u64 * stats.kv_tokens_reserved as u64;
+    let adapters = stats.adapters.iter().map(|(_, _, bytes)| bytes).sum();
+    [
+        of("weights", info.weight_bytes, Some(info.weight_bytes)),
+        of("kv_cache", info.kv_cache_bytes, Some(reserved)),
+        of("adapters", info.adapter_cache_bytes, Some(adapters)),
+        of("training", stats.train_planned_bytes, None),
+    ]
 }
 
 fn uploads(PromiseCounts { pending, done, failed, oldest_pending_ms }: PromiseCounts) {
@@ -67,7 +88,7 @@ fn uploads(PromiseCounts { pending, done, failed, oldest_pending_ms }: PromiseCo
 /// Shows how many jobs there are, and returns those that run.
 async fn jobs(state: &AppState) -> Result<Vec<RunningJob>, JobsError> {
     let Counts { pending, running, completed, failed, cancelled } = state.jobs.counts().await?;
-    metrics::jobs([
+    metrics::jobs_by_state([
         ("pending", pending),
         ("running", running),
         ("completed", completed),

@@ -9,6 +9,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use futures::{FutureExt, StreamExt};
+use tracing::field::Empty;
 use tracing::{Instrument, Span};
 
 use super::error::ApiError;
@@ -24,7 +25,16 @@ pub(super) async fn around(request: Request, next: Next) -> Response {
     let id = client_id(request.headers()).unwrap_or_else(new_id);
     let route = request.extensions().get::<MatchedPath>().map_or("none", |path| path.as_str()).to_owned();
     let method = method_label(request.method());
-    let span = tracing::info_span!("request", id = id.to_str().unwrap_or_default(), method, route);
+    // What is empty here is recorded by whoever comes to know it.
+    let span = tracing::info_span!(
+        "request",
+        request_id = id.to_str().unwrap_or_default(),
+        method,
+        route,
+        adapter = Empty,
+        generation = Empty,
+        job_id = Empty,
+    );
     let mut watch = Watch {
         arrived: Instant::now(),
         route,

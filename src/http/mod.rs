@@ -8,6 +8,7 @@ mod adapters;
 mod error;
 mod extract;
 mod fields;
+mod gate;
 mod generate_lite;
 mod generation;
 mod health;
@@ -35,6 +36,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 pub use error::{ApiError, ErrorBody, ErrorDetail, ErrorType};
+pub use gate::{Gate, Lifecycle, Phase};
 pub use rl_collect::COLLECT_KIND;
 pub use rl_train::RL_KIND;
 pub use state::{AppState, GenerationDefaults, HttpSettings};
@@ -73,6 +75,8 @@ fn table() -> OpenApiRouter<AppState> {
         .routes(routes!(adapters::list))
         .routes(routes!(adapters::get, adapters::delete))
         .routes(routes!(health::health))
+        .routes(routes!(health::live))
+        .routes(routes!(health::ready))
         .routes(routes!(metrics::render))
         .routes(routes!(index::index))
         // Not in the document: another spelling of a route above, and the document's own page.
@@ -146,6 +150,8 @@ mod tests {
             ("/adapter/{name}", "delete"),
             ("/rl/collect", "post"),
             ("/health", "get"),
+            ("/health/live", "get"),
+            ("/health/ready", "get"),
             ("/metrics", "get"),
             ("/", "get"),
             ("/v1/models", "get"),

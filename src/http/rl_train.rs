@@ -104,6 +104,7 @@ pub(super) struct FullPrompt {
         (status = 415, description = "The body is not sent as application/json", body = ErrorBody),
         (status = 422, description = "The memory does not suffice, with figures and what would fit; or the source or the adapter cannot be used", body = ErrorBody),
         (status = 503, description = "The server is stopping, or its disk refuses", body = ErrorBody),
+        (status = 507, description = "The adapter would not fit --adapter-quota, or the disk is full", body = ErrorBody),
     )
 )]
 pub(super) async fn rl_train(

@@ -173,6 +173,7 @@ pub(super) async fn get(
         (status = 404, description = "No such upload", body = ErrorBody),
         (status = 409, description = "It is not failed", body = ErrorBody),
         (status = 503, description = "The disk refuses", body = ErrorBody),
+        (status = 507, description = "The disk is full", body = ErrorBody),
     ),
 )]
 pub(super) async fn retry(

@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use metrics_exporter_prometheus::PrometheusHandle;
 
+use super::gate::Lifecycle;
 use crate::adapters;
 use crate::engine::EngineHandle;
 use crate::jobs::Jobs;
@@ -38,14 +39,14 @@ pub struct AppState {
     pub settings: Arc<HttpSettings>,
     /// Renders what `/metrics` answers.
     pub prometheus: PrometheusHandle,
-    /// When the server started.
-    pub started: Instant,
+    /// What the process is at, and since when it is.
+    pub lifecycle: Lifecycle,
 }
 
 impl AppState {
     /// Seconds since 1970 at the start of the server.
     pub(super) fn started_unix_s(&self) -> u64 {
-        unix_now_s().saturating_sub(self.started.elapsed().as_secs())
+        unix_now_s().saturating_sub(self.lifecycle.started().elapsed().as_secs())
     }
 }
 

@@ -29,7 +29,7 @@ pub use history::{Event, EventCursor, LogLine, LogPage, Point};
 pub use lifecycle::{Counts, Job, JobFilter, JobState, NewJob};
 pub use promises::{NewPromise, Promise, PromiseCounts, PromiseState, Promises};
 pub use runner::{JobHandle, Jobs, Settings, Watch};
-pub use store::{OpenError, Store};
+pub use store::{FolderLock, OpenError, Store};
 
 /// What is done for one kind of job. It continues by itself where an earlier run of the same job ended.
 pub type Work = Arc<dyn Fn(JobHandle) -> BoxFuture<'static, Outcome> + Send + Sync>;
@@ -132,6 +132,9 @@ pub enum JobsError {
     /// The database or the disk refused; nothing was changed.
     #[error("the job store failed: {0}")]
     Store(String),
+    /// The disk, or what the process may take of it, is full; nothing was changed.
+    #[error("the disk is full: {0}")]
+    Full(String),
     /// The process is ending.
     #[error("the server is shutting down")]
     Stopping,
@@ -139,7 +142,12 @@ pub enum JobsError {
 
 impl From<sqlx::Error> for JobsError {
     fn from(error: sqlx::Error) -> Self {
-        Self::Store(error.to_string())
+        // SQLITE_FULL, whatever its extended code.
+        let is_full = error
+            .as_database_error()
+            .and_then(|error| error.code()?.parse::<u32>().ok())
+            .is_some_and(|code| code & 0xff == 13);
+        if is_full { Self::Full(error.to_string()) } else { Self::Store(error.to_string()) }
     }
 }
 
@@ -153,7 +161,12 @@ impl JobsError {
     }
 
     fn io(what: &str, error: &std::io::Error) -> Self {
-        Self::Store(format!("{what}: {error}"))
+        use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+        let reason = format!("{what}: {error}");
+        match error.kind() {
+            StorageFull | QuotaExceeded | FileTooLarge => Self::Full(reason),
+            _ => Self::Store(reason),
+        }
     }
 }
 

@@ -290,6 +290,16 @@ impl Promises {
         Ok(counts)
     }
 
+    /// How many pending promises there are to each sink that has any.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn pending_by_sink(&self) -> Result<Vec<(String, u64)>, JobsError> {
+        let select = "SELECT sink, COUNT(*) AS promises FROM uploads WHERE state = 'pending' GROUP BY sink";
+        let rows = sqlx::query(select).fetch_all(&self.store.pool).await?;
+        rows.iter().map(|row| Ok((row.try_get("sink")?, unsigned(row.try_get("promises")?)))).collect()
+    }
+
     /// Whether a promise that is not delivered needs this content.
     ///
     /// # Errors

@@ -49,6 +49,8 @@ async fn promises_come_in_turn_and_end() {
     assert!(promises.needs(&stored.sha256).await.unwrap(), "it can be tried again");
     let counts = promises.counts().await.unwrap();
     assert_eq!((counts.pending, counts.done, counts.failed), (3, 1, 1));
+    let by_sink = promises.pending_by_sink().await.unwrap();
+    assert_eq!(by_sink, [("a".to_owned(), 2), ("b".to_owned(), 1)]);
     // What has ended does not change by what comes late.
     promises.deferred(&ids[1], "late", 1).await.unwrap();
     assert_eq!(promises.get(&ids[1]).await.unwrap().state, PromiseState::Done);

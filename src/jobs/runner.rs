@@ -15,6 +15,8 @@ use futures::FutureExt as _;
 use serde_json::Value;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
+use tracing::field::Empty;
+use tracing::{Instrument as _, Span};
 
 use super::files::Files;
 use super::history::{Entry, Event, EventCursor, LogPage, Point};
@@ -104,6 +106,12 @@ impl JobHandle {
 
     /// A line for the log. Does not wait.
     pub fn log(&self, level: Level, line: String) {
+        // The end of the job tells of an error.
+        match level {
+            Level::Info => tracing::debug!("{line}"),
+            Level::Warn => tracing::warn!("{line}"),
+            Level::Error => {}
+        }
         self.tell(Entry::Log { job: self.id.clone(), at_ms: now_ms(), level, line });
     }
 
@@ -185,6 +193,11 @@ impl Jobs {
     /// Lets running jobs pause for at most `grace`; no other begins. Those that are not through by then are cut; all
     /// go on at the next start. What was stored can be read until [`Jobs::close`].
     pub async fn shutdown(&self, grace: Duration) {
+        self.shutdown_until(tokio::time::sleep(grace)).await;
+    }
+
+    /// The same, with what ends the time that they have.
+    pub async fn shutdown_until(&self, cut: impl Future<Output = ()>) {
         self.shared.stopping.send_replace(true);
         for stop in self.shared.running().values() {
             // One that is to be cancelled is to be cancelled still.
@@ -193,10 +206,15 @@ impl Jobs {
         // The writer ends with the last sender: this one, or that of the last job.
         drop(self.shared.reports().take());
         let Some(mut tasks) = self.shared.tasks().take() else { return };
-        if tokio::time::timeout(grace, &mut tasks.dispatcher).await.is_err() {
-            let jobs = self.shared.running().len();
-            tracing::warn!(jobs, "jobs did not pause in time; they go on from their last checkpoints");
-            tasks.dispatcher.abort();
+        tokio::select! {
+            // Those that have paused by now are not cut, however short the time was.
+            biased;
+            _ = &mut tasks.dispatcher => {}
+            () = cut => {
+                let jobs = self.shared.running().len();
+                tracing::warn!(jobs, "jobs did not pause in time; they go on from their last checkpoints");
+                tasks.dispatcher.abort();
+            }
         }
         // An error means that it took too long: then it is cut as this returns.
         let _ = tokio::time::timeout(LAST_WRITE, &mut tasks.writer).await;
@@ -237,7 +255,8 @@ impl Jobs {
     pub async fn submit(&self, new: NewJob) -> Result<Job, JobsError> {
         self.change(move |shared| async move {
             let job = shared.store.accept(&new).await?;
-            tracing::info!(job = job.id, kind = job.kind, name = job.name, "job accepted");
+            Span::current().record("job_id", &job.id);
+            tracing::info!(kind = job.kind, name = job.name, "job accepted");
             shared.work_waits.notify_one();
             Ok(job)
         })
@@ -249,7 +268,7 @@ impl Jobs {
     /// # Errors
     /// No such job; it has ended already; the store failed.
     pub async fn cancel(&self, id: &str) -> Result<Job, JobsError> {
-        let id = checked(id)?;
+        let id = noted(checked(id)?);
         self.change(move |shared| async move {
             let job = match shared.store.cancel(&id).await? {
                 Cancelled::AtOnce(job) => job,
@@ -261,7 +280,7 @@ impl Jobs {
                     job
                 }
             };
-            tracing::info!(job = id, "job asked to end");
+            tracing::info!("job asked to end");
             shared.wake(&id);
             Ok(job)
         })
@@ -274,10 +293,10 @@ impl Jobs {
     /// No such job; it is in another state; another job has its name; the file that it reads is gone; the store
     /// failed.
     pub async fn resume(&self, id: &str) -> Result<Job, JobsError> {
-        let id = checked(id)?;
+        let id = noted(checked(id)?);
         self.change(move |shared| async move {
             let job = shared.store.resume(&id).await?;
-            tracing::info!(job = id, "job resumed");
+            tracing::info!("job resumed");
             shared.work_waits.notify_one();
             shared.wake(&id);
             Ok(job)
@@ -299,7 +318,7 @@ impl Jobs {
     /// # Errors
     /// No such job; the store failed.
     pub async fn get(&self, id: &str) -> Result<Job, JobsError> {
-        self.shared.store.job(&checked(id)?).await
+        self.shared.store.job(&noted(checked(id)?)).await
     }
 
     /// At most `limit` jobs, newest first.
@@ -377,15 +396,15 @@ impl Jobs {
         change: impl FnOnce(Arc<Shared>) -> F + Send + 'static,
     ) -> Result<T, JobsError> {
         let shared = self.shared.clone();
-        let task = tokio::spawn(async move {
+        let change = async move {
             if *shared.stopping.borrow() {
                 return Err(JobsError::Stopping);
             }
             let turn = shared.clone();
             let _turn = turn.turn.lock().await;
             change(shared).await
-        });
-        match task.await {
+        };
+        match tokio::spawn(change.in_current_span()).await {
             Ok(outcome) => outcome,
             Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
             Err(_) => Err(JobsError::Stopping),
@@ -404,7 +423,17 @@ impl Shared {
             while runs.len() < self.settings.max_parallel && !*stopping.borrow() {
                 match self.take().await {
                     Ok(Some((job, stop))) => {
-                        runs.spawn(self.clone().run(job, stop, kinds.clone()));
+                        // What is empty here is recorded by the work.
+                        let span = tracing::info_span!(
+                            parent: None,
+                            "job",
+                            job_id = job.id,
+                            kind = job.kind,
+                            name = job.name,
+                            adapter = Empty,
+                            generation = Empty,
+                        );
+                        runs.spawn(self.clone().run(job, stop, kinds.clone()).instrument(span));
                     }
                     Ok(None) => break,
                     Err(error) => {
@@ -448,7 +477,7 @@ impl Shared {
             self.running().remove(&job.id);
             return;
         };
-        tracing::info!(job = job.id, kind = job.kind, name = job.name, "job begins");
+        tracing::info!("job begins");
         let handle = JobHandle { id: job.id.clone(), spec: job.spec.clone(), stop, reports: reports.clone() };
         let mut outcome = match kinds.get(job.kind.as_str()) {
             Some(work) => match AssertUnwindSafe(async { work(handle).await }).catch_unwind().await {
@@ -461,8 +490,8 @@ impl Shared {
             outcome = Outcome::Failed("it stopped although the server goes on; resume it".into());
         }
         match &outcome {
-            Outcome::Failed(error) => tracing::warn!(job = job.id, error, "job failed"),
-            outcome => tracing::info!(job = job.id, ?outcome, "job ended"),
+            Outcome::Failed(error) => tracing::warn!(error, "job failed"),
+            outcome => tracing::info!(?outcome, "job ended"),
         }
         // What the job said comes before its end.
         let (done, flushed) = oneshot::channel();
@@ -478,7 +507,7 @@ impl Shared {
                     self.running().remove(&job.id);
                     break;
                 }
-                Err(error) => tracing::error!(job = job.id, %error, "the job's end cannot be stored now"),
+                Err(error) => tracing::error!(%error, "the job's end cannot be stored now"),
             }
             drop(turn);
             // Unrecorded, it runs again at the next start and comes to the same end.
@@ -500,14 +529,14 @@ impl Shared {
                 Ok(true) => {}
                 Ok(false) => continue,
                 Err(error) => {
-                    tracing::error!(job = id, %error, "an old job cannot be forgotten");
+                    tracing::error!(job_id = id, %error, "an old job cannot be forgotten");
                     continue;
                 }
             }
             if let Err(error) = tokio::fs::remove_dir_all(self.folder(&id)).await
                 && error.kind() != std::io::ErrorKind::NotFound
             {
-                tracing::warn!(job = id, %error, "the folder of an old job cannot be removed");
+                tracing::warn!(job_id = id, %error, "the folder of an old job cannot be removed");
             }
         }
     }
@@ -551,6 +580,12 @@ fn paused(stop: Stop) -> Stop {
 /// The id, if it can be one: nothing else is looked up.
 fn checked(id: &str) -> Result<String, JobsError> {
     if is_job_id(id) { Ok(id.to_owned()) } else { Err(JobsError::job_not_found(id)) }
+}
+
+/// The id, which what is logged from here on names.
+fn noted(id: String) -> String {
+    Span::current().record("job_id", &id);
+    id
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {

@@ -2,6 +2,7 @@
 //! `lifecycle` (jobs), `history` (logs and figures), `files` (what clients sent) and `promises` (what is sent elsewhere).
 
 use std::fs::{File, TryLockError};
+use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -112,13 +113,18 @@ const REMEDY_FOLDER: &str = "the data folder must be writable and have room; see
 const REMEDY_CORRUPT: &str =
     "put a backup in its place, or move it away together with its -wal and -shm files to begin without jobs";
 const REMEDY_NEWER: &str = "start the newer version that wrote it, or name another --data-dir";
-const REMEDY_LOCKED: &str = "stop the other server, or name another --data-dir";
+const REMEDY_LOCKED: &str = "stop that one, or name another --data-dir";
 
 /// The open database. Ends when it is dropped; what was committed stays.
 pub struct Store {
     pub(super) pool: SqlitePool,
-    /// Released by the system when the process ends in whatever way.
-    _lock: File,
+    _lock: FolderLock,
+}
+
+/// One process has the data folder for itself. Released by the system when the process ends in whatever way.
+#[derive(Debug)]
+pub struct FolderLock {
+    _file: File,
 }
 
 impl Store {
@@ -127,7 +133,7 @@ impl Store {
     /// # Errors
     /// A folder that cannot be written, a damaged file, one of a newer version, another process that uses it.
     pub async fn open(data_dir: &Path) -> Result<Self, OpenError> {
-        let lock = lock(&data_dir.join(LOCK))?;
+        let lock = FolderLock::take(data_dir)?;
         let path = data_dir.join(DATABASE);
         let fault = |error: sqlx::Error| OpenError {
             path: path.clone(),
@@ -184,20 +190,35 @@ async fn migrate(pool: &SqlitePool, step: usize, statements: &'static str) -> Re
     transaction.commit().await
 }
 
-fn lock(path: &Path) -> Result<File, OpenError> {
-    let fault = |reason: String, remedy| OpenError { path: path.to_owned(), reason, remedy };
-    let file = File::options().create(true).truncate(false).write(true).open(path);
-    let file = file.map_err(|error| fault(error.to_string(), REMEDY_FOLDER))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => {
-            Err(fault("another gurukul uses this data folder".into(), REMEDY_LOCKED))
+impl FolderLock {
+    /// Takes the data folder.
+    ///
+    /// # Errors
+    /// Another process has it, with its id; a folder that cannot be written.
+    pub fn take(data_dir: &Path) -> Result<Self, OpenError> {
+        let path = data_dir.join(LOCK);
+        let fault = |reason: String, remedy| OpenError { path: path.clone(), reason, remedy };
+        let file = File::options().create(true).truncate(false).read(true).write(true).open(&path);
+        let mut file = file.map_err(|error| fault(error.to_string(), REMEDY_FOLDER))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut holder = String::new();
+                // For a person alone; a holder of an older version, or one that has just begun, has not written it.
+                let _ = file.read_to_string(&mut holder);
+                let process = holder.trim().parse::<u32>();
+                let process = process.map_or(String::new(), |id| format!(" (process {id})"));
+                let reason = format!("another gurukul{process} uses this data folder");
+                return Err(fault(reason, REMEDY_LOCKED));
+            }
+            Err(TryLockError::Error(error)) if error.kind() == std::io::ErrorKind::Unsupported => {
+                tracing::warn!(path = %path.display(), "this file system has no locks; let one server alone use the folder");
+            }
+            Err(TryLockError::Error(error)) => return Err(fault(error.to_string(), REMEDY_FOLDER)),
         }
-        Err(TryLockError::Error(error)) if error.kind() == std::io::ErrorKind::Unsupported => {
-            tracing::warn!(path = %path.display(), "this file system has no locks; let one server alone use the folder");
-            Ok(file)
-        }
-        Err(TryLockError::Error(error)) => Err(fault(error.to_string(), REMEDY_FOLDER)),
+        // A disk without room for it is told by whatever needs the room.
+        let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+        Ok(Self { _file: file })
     }
 }
 

@@ -94,6 +94,7 @@ async fn one_process_has_the_folder() {
     let store = Store::open(dir.path()).await.unwrap();
     let message = refused(dir.path()).await;
     assert!(message.contains("another gurukul") && message.contains(LOCK), "{message}");
+    assert!(message.contains(&format!("process {}", std::process::id())), "{message}");
     drop(store);
     Store::open(dir.path()).await.unwrap();
 }

@@ -142,7 +142,7 @@ pub struct RlContext {
 /// Checks a job without starting it: the modules it names, the adapter it goes on from, and that it fits the memory.
 ///
 /// # Errors
-/// The field that does not fit the model; the adapter; the memory's figures and what would fit.
+/// The field that does not fit the model; the adapter; the quota's or the memory's figures and what would fit.
 pub async fn check(context: &RlContext, job: &RlJob) -> Result<TrainingPlan, TrainError> {
     check_name(&job.adapter_name)?;
     Rewarder::new(&job.rewards)?;
@@ -152,7 +152,9 @@ pub async fn check(context: &RlContext, job: &RlJob) -> Result<TrainingPlan, Tra
     }
     let context = &context.training;
     let start = start(context, job).await?;
-    Ok(context.engine.plan_training(spec(context, job, start.as_ref())?).await?)
+    let spec = spec(context, job, start.as_ref())?;
+    context.adapters.check_room(&job.adapter_name, &spec.lora).await?;
+    Ok(context.engine.plan_training(spec).await?)
 }
 
 /// Runs a job, from its last checkpoint in `jobs_dir/{job_id}` if it has one. Until it is completed the adapter is

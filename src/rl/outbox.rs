@@ -155,12 +155,21 @@ impl Outbox {
     /// Begins no further delivery, and lets those under way end for at most `grace`. What is not through goes on at
     /// the next start.
     pub async fn shutdown(&self, grace: Duration) {
+        self.shutdown_until(tokio::time::sleep(grace)).await;
+    }
+
+    /// The same, with what ends the time that they have.
+    pub async fn shutdown_until(&self, cut: impl Future<Output = ()>) {
         self.shared.stopping.send_replace(true);
         let Some(mut task) = self.shared.task().take() else { return };
-        if tokio::time::timeout(grace, &mut task).await.is_err() {
-            task.abort();
-            // Until the store is closed nothing may use it; an error is the end that was asked for.
-            let _ = task.await;
+        tokio::select! {
+            biased;
+            _ = &mut task => {}
+            () = cut => {
+                task.abort();
+                // Until the store is closed nothing may use it; an error is the end that was asked for.
+                let _ = task.await;
+            }
         }
     }
 
@@ -225,6 +234,18 @@ impl Outbox {
                 Ok(Err(_)) | Err(_) => return self.counts().await,
             }
         }
+    }
+
+    /// How many pending uploads there are to each sink of the settings, and to any other that has some.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn pending_by_sink(&self) -> Result<Vec<(String, u64)>, JobsError> {
+        let mut pending = self.shared.promises.pending_by_sink().await?;
+        let idle = self.shared.sinks.names().filter(|name| pending.iter().all(|(sink, _)| sink != name));
+        let idle: Vec<_> = idle.map(|name| (name.to_owned(), 0)).collect();
+        pending.extend(idle);
+        Ok(pending)
     }
 
     /// How many promises are in each state.

@@ -20,6 +20,7 @@ use crate::engine::Trainer;
 use crate::engine::training::{
     LoraSpec, StepParameters, TrainBatch, TrainSequence, TrainerSnapshot, TrainingPlan,
 };
+use crate::metrics;
 use crate::nn::lora::{LoraWeights, Site, SiteWeights};
 
 /// Steps in a row without a finite loss and gradient after which a job has diverged.
@@ -27,14 +28,15 @@ pub(crate) const DIVERGED: u32 = 10;
 /// Steps over which the speed is measured.
 const WINDOW: usize = 20;
 
-/// Checks a job without starting it: the modules it names, and that it fits the memory.
+/// Checks a job without starting it: the modules it names, that its adapter fits the quota, and that it fits the memory.
 ///
 /// # Errors
-/// The field that does not fit the model; the memory's figures and what would fit.
+/// The field that does not fit the model; the quota's or the memory's figures and what would fit.
 pub async fn check(context: &Context, job: &TrainJob) -> Result<TrainingPlan, TrainError> {
     check_name(&job.adapter_name)?;
     let info = context.engine.info();
     let spec = trainer_spec(&job.config, &info.sites, info.context_length)?;
+    context.adapters.check_room(&job.adapter_name, &spec.lora).await?;
     Ok(context.engine.plan_training(spec).await?)
 }
 
@@ -331,7 +333,7 @@ impl Run<'_> {
                 .log(format!("taking the weights of step {at}, whose evaluation loss {loss:.4} is the best"));
         }
         let adapter = self.trained(&self.trainer.snapshot().await?)?;
-        let metrics = metrics(state, watched);
+        let metrics = figures(state, watched);
         let (trainer, name) = (self.trainer.clone(), self.job.adapter_name.clone());
         let serve = move |generation| async move { trainer.publish(&name, generation).await };
         let registry = &self.context.adapters;
@@ -408,7 +410,9 @@ impl Pace {
 
     /// The step ends now; fills in what follows from it.
     pub(crate) fn end(&mut self, tokens: u64, progress: &mut Progress) {
-        self.steps.push_back((self.begun.elapsed(), tokens));
+        let elapsed = self.begun.elapsed();
+        metrics::learning_step(elapsed.as_secs_f64());
+        self.steps.push_back((elapsed, tokens));
         if self.steps.len() > WINDOW {
             self.steps.pop_front();
         }
@@ -470,7 +474,7 @@ pub(crate) fn weights_of(
 }
 
 /// What `gurukul.json` tells of the training. No times, so that the same job leaves the same figures.
-fn metrics(state: &State, watched: bool) -> serde_json::Value {
+fn figures(state: &State, watched: bool) -> serde_json::Value {
     let Progress { step, epoch, loss, samples, tokens, skipped_steps, eval_loss, .. } = &state.progress;
     let mut metrics = serde_json::json!({
         "step": step,
@@ -507,7 +511,9 @@ fn mib(bytes: u64) -> String {
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, TrainError> + Send + 'static,
 ) -> Result<T, TrainError> {
-    match tokio::task::spawn_blocking(work).await {
+    // What is logged there belongs to the same job.
+    let span = tracing::Span::current();
+    match tokio::task::spawn_blocking(move || span.in_scope(work)).await {
         Ok(result) => result,
         Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
         Err(_) => Err(TrainError::Failed("the program is shutting down".into())),

@@ -62,7 +62,7 @@ async fn uploads_are_shown_from_their_promise_to_their_end() {
         "gurukul_uploads{state=\"done\"}",
         "gurukul_uploads{state=\"pending\"}",
         "gurukul_uploads{state=\"failed\"}",
-        "gurukul_upload_retries_total",
+        "gurukul_upload_retries_total ",
         "gurukul_upload_oldest_pending_seconds",
     ] {
         assert!(text.contains(name), "{name} is missing");

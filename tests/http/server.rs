@@ -31,6 +31,8 @@ async fn health_tells_the_model_and_the_load() {
     let server = Server::start(Limits::default()).await;
     let (status, body) = server.get("/health").await;
     assert_eq!((status, &body["status"]), (200, &json!("ok")));
+    assert_eq!(server.get("/health/live").await, (200, json!({"status": "live"})));
+    assert_eq!(server.get("/health/ready").await, (200, json!({"status": "ready", "reason": null})));
     assert_eq!(body["device"], "cpu");
     assert_eq!(body["model"]["id"], MODEL);
     assert_eq!(body["model"]["context_length"], CONTEXT);
@@ -53,6 +55,9 @@ async fn a_stopped_engine_shows_in_health_and_refuses_with_a_hint() {
     let engine = server.state.engine.clone();
     tokio::task::spawn_blocking(move || engine.shutdown()).await.expect("the engine stops");
     let (status, body) = server.get("/health").await;
+    assert_eq!((status, &body["status"]), (503, &json!("stopping")));
+    assert_eq!(server.get("/health/live").await.0, 200);
+    let (status, body) = server.get("/health/ready").await;
     assert_eq!((status, &body["status"]), (503, &json!("stopping")));
     let response = server.send("/generate-lite", &json!({"prompt": "a"})).await;
     assert_eq!(response.status().as_u16(), 503);
@@ -79,6 +84,12 @@ async fn metrics_count_requests_and_tokens() {
     assert!(value("gurukul_generation_duration_seconds_count") >= 1.0);
     assert!(value("gurukul_engine_generated_tokens_total") >= 1.0);
     assert!(value("gurukul_engine_steps_total") >= 1.0);
+    assert!(value("gurukul_engine_busy_seconds_total") > 0.0);
+    assert!(value("gurukul_engine_batch_sequences_count") >= 1.0);
+    assert!(value("gurukul_generation_time_between_tokens_seconds_count") >= 1.0);
+    assert!(value("gurukul_adapter_generated_tokens_total{adapter=\"(base)\"}") >= 3.0);
+    assert!(value("gurukul_memory_planned_bytes{part=\"weights\"}") >= 4.0 * 133_000.0);
+    assert!(value("process_start_time_seconds") > 1.7e9);
     assert!(value("gurukul_engine_kv_cache_capacity_tokens") >= 512.0);
     assert!(value("process_resident_memory_bytes") > 0.0);
     assert!(text.contains("route=\"none\",method=\"GET\",status=\"404\""), "{text}");

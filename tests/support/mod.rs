@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use gurukul::adapters::Registry;
 use gurukul::config::rl_sinks::SinksConfig;
 use gurukul::engine::{EngineConfig, EngineHandle};
-use gurukul::http::{AppState, HttpSettings, TRAIN_KIND, router};
+use gurukul::http::{AppState, HttpSettings, Lifecycle, Phase, TRAIN_KIND, router};
 use gurukul::jobs::{self, Jobs, Work};
 use gurukul::model::load::{DeviceChoice, DtypeChoice};
 use gurukul::model::tokenizer::Tokenizer;
@@ -131,7 +131,7 @@ impl Server {
             collector,
             settings: Arc::new(settings),
             prometheus: gurukul::metrics::install().expect("metrics can be recorded"),
-            started: Instant::now(),
+            lifecycle: Lifecycle::new(Phase::Serving),
         };
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
         let base = format!("http://{}", listener.local_addr().expect("is bound"));

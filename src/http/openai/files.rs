@@ -131,6 +131,7 @@ pub(in crate::http) struct FilesQuery {
         (status = 413, description = "The file is larger than the server takes", body = ErrorBody),
         (status = 415, description = "The body is not sent as multipart/form-data", body = ErrorBody),
         (status = 503, description = "The disk refuses", body = ErrorBody),
+        (status = 507, description = "The disk is full", body = ErrorBody),
     ),
 )]
 pub(in crate::http) async fn create(

@@ -54,6 +54,7 @@ const MAX_METADATA: usize = 16;
         (status = 415, description = "The body is not sent as application/json", body = ErrorBody),
         (status = 422, description = "The memory does not suffice, with figures and what would fit", body = ErrorBody),
         (status = 503, description = "The server is stopping, or its disk refuses", body = ErrorBody),
+        (status = 507, description = "The adapter would not fit --adapter-quota, or the disk is full", body = ErrorBody),
     ),
 )]
 pub(in crate::http) async fn create(
