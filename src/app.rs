@@ -3,6 +3,7 @@
 
 mod collecting;
 mod demo;
+mod reload;
 mod training;
 
 use std::future::Future;
@@ -20,7 +21,7 @@ use crate::config::Settings;
 use crate::config::rl::{self, RlConfig, SinksConfig};
 use crate::data::hub::{self, Progress};
 use crate::engine::EngineHandle;
-use crate::http::{self, AppState, HttpSettings};
+use crate::http::{self, AppState, HttpSettings, ServeSettings};
 use crate::jobs::{self, Jobs};
 use crate::metrics;
 use crate::model::tokenizer::Tokenizer;
@@ -130,6 +131,7 @@ pub struct App {
     listener: TcpListener,
     address: SocketAddr,
     router: axum::Router,
+    serving: ServeSettings,
     engine: EngineHandle,
     adapters: Arc<Registry>,
     jobs: Jobs,
@@ -162,7 +164,12 @@ impl App {
         let learning = Arc::new(RlContext { training: training.clone(), log: collector.log().clone() });
         let kinds = training::kinds(learning.clone(), collector.clone(), uploads.clone());
         jobs.start(kinds).await.context(CannotStart)?;
+        let security = &settings.security;
+        let reload = reload::Reload::new(settings).context(CannotStart)?;
         let http = HttpSettings {
+            access: reload.access(),
+            request_timeout: security.request_timeout,
+            cors_origins: security.cors_origins.clone(),
             max_body_bytes: settings.max_body_bytes,
             max_prompt_bytes: settings.max_prompt_bytes,
             max_upload_bytes: settings.max_upload_bytes,
@@ -185,7 +192,13 @@ impl App {
             prometheus,
             started: Instant::now(),
         });
-        Ok(Self { listener, address, router, engine, adapters, jobs, uploads })
+        let serving = ServeSettings {
+            max_connections: security.max_connections,
+            tls: reload.tls(),
+            ..ServeSettings::default()
+        };
+        reload.spawn();
+        Ok(Self { listener, address, router, serving, engine, adapters, jobs, uploads })
     }
 
     /// A handle to the engine, for its shutdown after the runtime's.
@@ -201,6 +214,12 @@ impl App {
     /// Where it listens; tells the port that was chosen for port 0.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// The same as an address for clients, `http://127.0.0.1:8110`.
+    pub fn url(&self) -> String {
+        let scheme = if self.serving.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", self.address)
     }
 
     /// Answers until `stop` is through; then accepts no more, and returns once the running requests have ended and the
@@ -220,15 +239,15 @@ impl App {
             device = info.device,
             quantization = info.quantization,
             context_tokens = info.context_length,
-            "listening on http://{}",
-            self.address
+            "listening on {}",
+            self.url()
         );
         let (stopping, stopped) = tokio::sync::oneshot::channel::<()>();
-        let server = axum::serve(self.listener, self.router).with_graceful_shutdown(async move {
+        let server = http::serve(self.listener, self.router, self.serving, async move {
             // An error means that the sender is gone, which is a signal as well.
             let _ = stopped.await;
         });
-        let mut server = std::pin::pin!(server.into_future());
+        let mut server = std::pin::pin!(server);
         let again = tokio::select! {
             outcome = &mut server => {
                 tokio::join!(self.jobs.shutdown(GRACE), self.uploads.shutdown(UPLOAD_GRACE));

@@ -9,6 +9,9 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 const HTTP_REQUESTS: &str = "gurukul_http_requests_total";
 const HTTP_IN_FLIGHT: &str = "gurukul_http_requests_in_flight";
 const HTTP_DURATION: &str = "gurukul_http_request_duration_seconds";
+const CONNECTIONS: &str = "gurukul_http_connections";
+const CONNECTIONS_ENDED: &str = "gurukul_http_connections_ended_total";
+const KEY_REQUESTS: &str = "gurukul_http_key_requests_total";
 const QUEUE_TIME: &str = "gurukul_generation_queue_seconds";
 const FIRST_TOKEN_TIME: &str = "gurukul_generation_time_to_first_token_seconds";
 const TOTAL_TIME: &str = "gurukul_generation_duration_seconds";
@@ -96,6 +99,9 @@ fn describe() {
     describe_counter!(HTTP_REQUESTS, "Answers by route, method and status");
     describe_gauge!(HTTP_IN_FLIGHT, "Requests whose answer is not sent completely");
     describe_histogram!(HTTP_DURATION, Unit::Seconds, "From a request's arrival to the end of its answer");
+    describe_gauge!(CONNECTIONS, "Connections that are open");
+    describe_counter!(CONNECTIONS_ENDED, "Connections that the server ended by itself, by why");
+    describe_counter!(KEY_REQUESTS, "Requests by the name of their API key and whether they were let in");
     describe_histogram!(QUEUE_TIME, Unit::Seconds, "From submission to the first step");
     describe_histogram!(FIRST_TOKEN_TIME, Unit::Seconds, "From submission to the first token");
     describe_histogram!(TOTAL_TIME, Unit::Seconds, "From submission to the end of the answer");
@@ -168,6 +174,21 @@ pub fn http_answered(route: &str, method: &'static str, status: u16, seconds: f6
     let status = status.to_string();
     counter!(HTTP_REQUESTS, "route" => route.clone(), "method" => method, "status" => status).increment(1);
     histogram!(HTTP_DURATION, "route" => route).record(seconds);
+}
+
+/// Shows how many connections are open.
+pub fn connections(open: usize) {
+    gauge!(CONNECTIONS).set(open as f64);
+}
+
+/// The server ended a connection by itself.
+pub fn connection_ended(reason: &'static str) {
+    counter!(CONNECTIONS_ENDED, "reason" => reason).increment(1);
+}
+
+/// A request was let in or refused. `key` is the name of its API key, which comes from settings.
+pub fn key_request(key: &str, outcome: &'static str) {
+    counter!(KEY_REQUESTS, "key" => key.to_owned(), "outcome" => outcome).increment(1);
 }
 
 /// A generation ended; times in seconds since its submission.

@@ -3,6 +3,7 @@
 
 pub mod adapter;
 pub mod connectors;
+pub mod keys;
 mod named;
 pub mod origin;
 mod range;
@@ -10,9 +11,14 @@ pub mod rl;
 pub mod rl_reward;
 pub mod rl_sinks;
 pub mod rl_train;
+pub mod security;
 pub mod server;
+mod server_values;
 pub mod size;
+mod tls;
 mod yaml;
 
+pub use security::{CorsOrigins, Security};
 pub use server::{EngineSettings, LogFormat, ServerFlags, Settings};
 pub use size::ByteSize;
+pub use tls::TlsFiles;

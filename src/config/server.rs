@@ -1,15 +1,18 @@
 //! The server's settings: [`Typed`] as flags, environment and `server.yaml` give them, [`Settings`] as resolved.
 //! Precedence: flags, `GURUKUL_*`, `server.yaml`, defaults. It reads one file and opens no model and no socket.
 
-use std::fmt;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 
+use super::keys;
 use super::origin::{Origin, Sourced, from_environment, pick};
-use super::size::{ByteSize, SizeError};
+use super::security::{Security, TypedSecurity};
+pub use super::server_values::CacheSize;
+use super::server_values::{parse_device, parse_dtype, parse_host, parse_quantize};
+use super::size::ByteSize;
 use crate::engine::EngineConfig;
 use crate::model::load::{DeviceChoice, DtypeChoice};
 use crate::nn::quant::Quantization;
@@ -31,46 +34,6 @@ impl FromStr for LogFormat {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
         clap::ValueEnum::from_str(text, false).map_err(|_| "use text or json".to_owned())
-    }
-}
-
-/// A byte size, or `auto`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CacheSize {
-    /// The engine plans it from the model and the free memory.
-    Auto,
-    /// This much.
-    Bytes(ByteSize),
-}
-
-impl FromStr for CacheSize {
-    type Err = SizeError;
-    fn from_str(text: &str) -> Result<Self, SizeError> {
-        if text.trim() == "auto" { Ok(Self::Auto) } else { text.parse().map(Self::Bytes) }
-    }
-}
-
-impl fmt::Display for CacheSize {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Auto => f.write_str("auto"),
-            Self::Bytes(size) => size.fmt(f),
-        }
-    }
-}
-
-impl<'de> serde::Deserialize<'de> for CacheSize {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        #[derive(serde::Deserialize)]
-        #[serde(untagged)]
-        enum Form {
-            Number(u64),
-            Text(String),
-        }
-        match Form::deserialize(deserializer)? {
-            Form::Number(bytes) => Ok(Self::Bytes(ByteSize(bytes))),
-            Form::Text(text) => text.parse().map_err(serde::de::Error::custom),
-        }
     }
 }
 
@@ -132,6 +95,30 @@ pub struct Typed {
     /// Longest prompt, in bytes of UTF-8 [default: 256KiB]
     #[arg(long, global = true, value_name = "SIZE")]
     pub max_prompt: Option<ByteSize>,
+    /// YAML file with API keys; the variable GURUKUL_API_KEYS can hold keys as well
+    #[arg(long, alias = "api-keys", global = true, value_name = "FILE")]
+    pub api_keys_file: Option<PathBuf>,
+    /// Requests a minute for each API key; 0 is no bound [default: 0]
+    #[arg(long, global = true, value_name = "N")]
+    pub rate_limit: Option<u32>,
+    /// Requests that each API key may have under way; 0 is no bound [default: 0]
+    #[arg(long, global = true, value_name = "N")]
+    pub max_concurrent: Option<u32>,
+    /// Connections at once [default: 2048]
+    #[arg(long, global = true, value_name = "N")]
+    pub max_connections: Option<u32>,
+    /// Seconds until an answer must begin [default: 300]
+    #[arg(long, global = true, value_name = "SECONDS")]
+    pub request_timeout: Option<u64>,
+    /// Origins whose pages may read answers in a browser: a list with commas, or * [default: none]
+    #[arg(long, global = true, value_name = "ORIGINS")]
+    pub cors_origins: Option<String>,
+    /// Speak TLS with this certificate, a PEM file; needs --tls-key
+    #[arg(long, global = true, value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+    /// The certificate's private key, a PEM file
+    #[arg(long, global = true, value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
     /// Log lines on stderr as text or json [default: text]
     #[arg(long, global = true, value_name = "FORMAT")]
     pub log: Option<LogFormat>,
@@ -167,6 +154,14 @@ impl Typed {
             max_body,
             max_upload,
             max_prompt,
+            api_keys_file,
+            rate_limit,
+            max_concurrent,
+            max_connections,
+            request_timeout,
+            cors_origins,
+            tls_cert,
+            tls_key,
             log,
             insecure_no_auth,
         ))
@@ -276,6 +271,8 @@ pub struct Settings {
     pub max_upload_bytes: usize,
     /// Longest prompt, bytes of UTF-8.
     pub max_prompt_bytes: usize,
+    /// Who may use the server, how much, and over what.
+    pub security: Security,
     /// How log lines look.
     pub log: LogFormat,
     /// Key, value and origin of every setting, in the order of `server.yaml`.
@@ -302,13 +299,15 @@ impl Settings {
         let path = configs.value.join(FILE_NAME);
         let file = Typed::from_file(&path)?;
         let environment = Typed::from_environment(lookup)?;
-        Self::from_layers(&flags.typed, &environment, &file, configs.value, &path)
+        let keys = lookup(keys::VARIABLE);
+        Self::from_layers(&flags.typed, &environment, &file, keys, configs.value, &path)
     }
 
     fn from_layers(
         flags: &Typed,
         environment: &Typed,
         file: &Typed,
+        keys: Option<String>,
         configs_dir: PathBuf,
         path: &Path,
     ) -> anyhow::Result<Self> {
@@ -322,16 +321,19 @@ impl Settings {
                 )
             };
         }
+        // Without a default of its own: `None` means that nobody named one.
+        macro_rules! pick_named {
+            ($field:ident) => {{
+                let [flag, environment, file] = [flags, environment, file]
+                    .map(|layer| layer.$field.as_ref().map(|value| Some(value.clone())));
+                pick(stringify!($field), [&flag, &environment, &file], path, None)
+            }};
+        }
         let host = pick!(host, "127.0.0.1");
         let port = pick!(port, 8110_u16);
         let device = pick!(device, "auto");
         let data_dir = pick!(data_dir, ".");
-        // Without a default of its own: `None` means that nobody named a model.
-        let model = {
-            let [flag, environment, file] =
-                [flags, environment, file].map(|layer| layer.model.as_ref().map(|model| Some(model.clone())));
-            pick("model", [&flag, &environment, &file], path, None)
-        };
+        let model = pick_named!(model);
         let dtype = pick!(dtype, "auto");
         let quantize = pick!(quantize, "none");
         let kv_cache = pick!(kv_cache, CacheSize::Auto);
@@ -345,16 +347,30 @@ impl Settings {
         let max_body = pick!(max_body, ByteSize(1 << 20));
         let max_upload = pick!(max_upload, ByteSize(64 << 20));
         let mut max_prompt = pick!(max_prompt, ByteSize(256 << 10));
+        let api_keys_file = pick_named!(api_keys_file);
+        let rate_limit = pick!(rate_limit, 0_u32);
+        let max_concurrent = pick!(max_concurrent, 0_u32);
+        let max_connections = pick!(max_connections, 2048_u32);
+        let request_timeout = pick!(request_timeout, 300_u64);
+        let cors_origins = pick!(cors_origins, "");
+        let tls_cert = pick_named!(tls_cert);
+        let tls_key = pick_named!(tls_key);
         let log = pick!(log, LogFormat::Text);
         let insecure_no_auth = pick!(insecure_no_auth, false);
 
         let address = host.convert(|text| parse_host(text))?;
-        if !address.is_loopback() && !insecure_no_auth.value {
-            return Err(host.error(format_args!(
-                "{address} can be reached from other machines, and this version has no API keys: anyone there \
-                 could use the server. Use 127.0.0.1, or say --insecure-no-auth to accept that"
-            )));
-        }
+        let security = Security::resolve(TypedSecurity {
+            keys,
+            api_keys_file: &api_keys_file,
+            rate_limit: &rate_limit,
+            max_concurrent: &max_concurrent,
+            max_connections: &max_connections,
+            request_timeout: &request_timeout,
+            cors_origins: &cors_origins,
+            tls_cert: &tls_cert,
+            tls_key: &tls_key,
+        })?;
+        security.check_host(&host, address, insecure_no_auth.value)?;
         if let Some(spec) = &model.value
             && spec.trim().is_empty()
         {
@@ -415,6 +431,14 @@ impl Settings {
             max_body: quoted(&max_body.value.to_string()),
             max_upload: quoted(&max_upload.value.to_string()),
             max_prompt: quoted(&max_prompt.value.to_string()),
+            api_keys_file: shown_path(&api_keys_file.value),
+            rate_limit: rate_limit.value.to_string(),
+            max_concurrent: max_concurrent.value.to_string(),
+            max_connections: max_connections.value.to_string(),
+            request_timeout: request_timeout.value.to_string(),
+            cors_origins: quoted(&cors_origins.value),
+            tls_cert: shown_path(&tls_cert.value),
+            tls_key: shown_path(&tls_key.value),
             log: match log.value { LogFormat::Text => "text".into(), LogFormat::Json => "json".into() },
             insecure_no_auth: insecure_no_auth.value.to_string(),
         ];
@@ -431,6 +455,7 @@ impl Settings {
             max_body_bytes: max_body_bytes.0 as usize,
             max_upload_bytes: max_upload.within(ByteSize(1 << 10), ByteSize(1 << 34))?.0 as usize,
             max_prompt_bytes: max_prompt_bytes.0 as usize,
+            security,
             log: log.value,
             lines,
         })
@@ -452,51 +477,13 @@ impl Settings {
     }
 }
 
+fn shown_path(path: &Option<PathBuf>) -> String {
+    path.as_deref().map_or("null".into(), |path| quoted(&path.to_string_lossy()))
+}
+
 /// A YAML scalar in double quotes, whose escapes are those of JSON.
 fn quoted(text: &str) -> String {
     serde_json::Value::from(text).to_string()
-}
-
-fn parse_host(text: &str) -> anyhow::Result<IpAddr> {
-    if text == "localhost" {
-        return Ok(Ipv4Addr::LOCALHOST.into());
-    }
-    let bare = text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text);
-    bare.parse().map_err(|_| {
-        anyhow::anyhow!("'{text}' is no IP address; use 127.0.0.1 (this machine only), or 0.0.0.0 or ::1")
-    })
-}
-
-fn parse_device(text: &str) -> anyhow::Result<DeviceChoice> {
-    match text {
-        "auto" => Ok(DeviceChoice::Auto),
-        "cpu" => Ok(DeviceChoice::Cpu),
-        "cuda" => Ok(DeviceChoice::Cuda(0)),
-        _ => match text.strip_prefix("cuda:").map(str::parse) {
-            Some(Ok(index)) => Ok(DeviceChoice::Cuda(index)),
-            _ => bail!("'{text}' is no device; use auto, cpu, cuda or cuda:N with N the number of the card"),
-        },
-    }
-}
-
-fn parse_dtype(text: &str) -> anyhow::Result<DtypeChoice> {
-    match text {
-        "auto" => Ok(DtypeChoice::Auto),
-        "f32" => Ok(DtypeChoice::F32),
-        "f16" => Ok(DtypeChoice::F16),
-        "bf16" => Ok(DtypeChoice::Bf16),
-        _ => bail!("'{text}' is no dtype; use auto, f32, f16 or bf16"),
-    }
-}
-
-fn parse_quantize(text: &str) -> anyhow::Result<Quantization> {
-    match text {
-        "none" => Ok(Quantization::None),
-        "q8_0" => Ok(Quantization::Q8_0),
-        "q4_0" => Ok(Quantization::Q4_0),
-        "q4_k" => Ok(Quantization::Q4K),
-        _ => bail!("'{text}' is no quantization; use none, q8_0, q4_0 or q4_k"),
-    }
 }
 
 #[cfg(test)]

@@ -24,7 +24,8 @@ pub(super) async fn around(request: Request, next: Next) -> Response {
     let id = client_id(request.headers()).unwrap_or_else(new_id);
     let route = request.extensions().get::<MatchedPath>().map_or("none", |path| path.as_str()).to_owned();
     let method = method_label(request.method());
-    let span = tracing::info_span!("request", id = id.to_str().unwrap_or_default(), method, route);
+    let key = tracing::field::Empty;
+    let span = tracing::info_span!("request", id = id.to_str().unwrap_or_default(), method, route, key);
     let mut watch = Watch {
         arrived: Instant::now(),
         route,

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use gurukul::adapters::Registry;
 use gurukul::config::rl_sinks::SinksConfig;
 use gurukul::engine::{EngineConfig, EngineHandle};
-use gurukul::http::{AppState, HttpSettings, TRAIN_KIND, router};
+use gurukul::http::{AppState, HttpSettings, ServeSettings, TRAIN_KIND, router, serve};
 use gurukul::jobs::{self, Jobs, Work};
 use gurukul::model::load::{DeviceChoice, DtypeChoice};
 use gurukul::model::tokenizer::Tokenizer;
@@ -137,7 +137,8 @@ impl Server {
         let base = format!("http://{}", listener.local_addr().expect("is bound"));
         let service = router(state.clone());
         let task = tokio::spawn(async move {
-            axum::serve(listener, service).await.expect("the server runs until it is aborted");
+            let served = serve(listener, service, ServeSettings::default(), std::future::pending()).await;
+            served.expect("the server runs until it is aborted");
         });
         // The test may be the second in its process.
         let _ = rustls::crypto::ring::default_provider().install_default();

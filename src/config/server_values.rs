@@ -1,0 +1,94 @@
+//! How single values of `server.yaml` are written: sizes that may be `auto`, addresses, devices, dtypes. Knows no
+//! setting by its name.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr};
+use std::str::FromStr;
+
+use anyhow::bail;
+
+use super::size::{ByteSize, SizeError};
+use crate::model::load::{DeviceChoice, DtypeChoice};
+use crate::nn::quant::Quantization;
+
+/// A byte size, or `auto`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CacheSize {
+    /// The engine plans it from the model and the free memory.
+    Auto,
+    /// This much.
+    Bytes(ByteSize),
+}
+
+impl FromStr for CacheSize {
+    type Err = SizeError;
+    fn from_str(text: &str) -> Result<Self, SizeError> {
+        if text.trim() == "auto" { Ok(Self::Auto) } else { text.parse().map(Self::Bytes) }
+    }
+}
+
+impl fmt::Display for CacheSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Bytes(size) => size.fmt(f),
+        }
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for CacheSize {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(serde::Deserialize)]
+        #[serde(untagged)]
+        enum Form {
+            Number(u64),
+            Text(String),
+        }
+        match Form::deserialize(deserializer)? {
+            Form::Number(bytes) => Ok(Self::Bytes(ByteSize(bytes))),
+            Form::Text(text) => text.parse().map_err(serde::de::Error::custom),
+        }
+    }
+}
+
+pub(super) fn parse_host(text: &str) -> anyhow::Result<IpAddr> {
+    if text == "localhost" {
+        return Ok(Ipv4Addr::LOCALHOST.into());
+    }
+    let bare = text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text);
+    bare.parse().map_err(|_| {
+        anyhow::anyhow!("'{text}' is no IP address; use 127.0.0.1 (this machine only), or 0.0.0.0 or ::1")
+    })
+}
+
+pub(super) fn parse_device(text: &str) -> anyhow::Result<DeviceChoice> {
+    match text {
+        "auto" => Ok(DeviceChoice::Auto),
+        "cpu" => Ok(DeviceChoice::Cpu),
+        "cuda" => Ok(DeviceChoice::Cuda(0)),
+        _ => match text.strip_prefix("cuda:").map(str::parse) {
+            Some(Ok(index)) => Ok(DeviceChoice::Cuda(index)),
+            _ => bail!("'{text}' is no device; use auto, cpu, cuda or cuda:N with N the number of the card"),
+        },
+    }
+}
+
+pub(super) fn parse_dtype(text: &str) -> anyhow::Result<DtypeChoice> {
+    match text {
+        "auto" => Ok(DtypeChoice::Auto),
+        "f32" => Ok(DtypeChoice::F32),
+        "f16" => Ok(DtypeChoice::F16),
+        "bf16" => Ok(DtypeChoice::Bf16),
+        _ => bail!("'{text}' is no dtype; use auto, f32, f16 or bf16"),
+    }
+}
+
+pub(super) fn parse_quantize(text: &str) -> anyhow::Result<Quantization> {
+    match text {
+        "none" => Ok(Quantization::None),
+        "q8_0" => Ok(Quantization::Q8_0),
+        "q4_0" => Ok(Quantization::Q4_0),
+        "q4_k" => Ok(Quantization::Q4K),
+        _ => bail!("'{text}' is no quantization; use none, q8_0, q4_0 or q4_k"),
+    }
+}
