@@ -375,6 +375,9 @@ async fn curl_and_reqwest_speak_tls_before_and_after_a_reload() {
             "{answer}"
         );
     }
+    let long = format!("x-filler: {}", "x".repeat(40_000));
+    let answer = curl(&served, "cert.pem", &["--http2", "--header", &long]).unwrap();
+    assert!(answer.ends_with("HTTP/2 431"), "{answer}");
     assert!(curl(&served, "cert.pem", &[]).unwrap().ends_with("401"));
     let pem = std::fs::read(repository("tests/fixtures/tls/cert.pem")).unwrap();
     let trusted = reqwest::Certificate::from_pem(&pem).unwrap();

@@ -44,7 +44,7 @@ pub use auth::Access;
 pub use error::{ApiError, ErrorBody, ErrorDetail, ErrorType};
 pub use rl_collect::COLLECT_KIND;
 pub use rl_train::RL_KIND;
-pub use serve::{BodyPatience, Patience, ServeSettings, Tls, serve};
+pub use serve::{BodyPatience, Patience, ServeSettings, Tls, bind, serve};
 pub use state::{AppState, GenerationDefaults, HttpSettings};
 pub use train::TRAIN_KIND;
 

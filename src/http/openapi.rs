@@ -76,8 +76,9 @@ const SCHEMES: [&str; 2] = ["bearer", "api_key"];
 /// handler is asked.
 pub(super) fn complete(document: &mut Document, need_of: fn(&Method, &str) -> Option<Need>) {
     let components = document.components.get_or_insert_default();
-    let bearer = Http::new(HttpAuthScheme::Bearer)
-        .description(Some("An API key, where the server has any; without keys nobody has to identify"));
+    let mut bearer = Http::new(HttpAuthScheme::Bearer);
+    bearer.description =
+        Some("An API key, where the server has any; without keys nobody has to identify".to_owned());
     let header = ApiKeyValue::with_description("x-api-key", "The same key in a header of its own");
     components.add_security_scheme(SCHEMES[0], SecurityScheme::Http(bearer));
     components.add_security_scheme(SCHEMES[1], SecurityScheme::ApiKey(ApiKey::Header(header)));

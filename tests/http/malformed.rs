@@ -133,7 +133,8 @@ fn request(numbers: &mut Numbers) -> Vec<u8> {
                 "x-request-id: \u{7f}",
                 "last-event-id: 18446744073709551616",
             ];
-            [head(numbers.of(&framings)), body].concat()
+            let framing = *numbers.of(&framings);
+            [head(framing), body].concat()
         }
         _ => {
             let starts = [

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use gurukul::adapters::Registry;
 use gurukul::config::rl_sinks::SinksConfig;
 use gurukul::engine::{EngineConfig, EngineHandle};
-use gurukul::http::{AppState, HttpSettings, ServeSettings, TRAIN_KIND, router, serve};
+use gurukul::http::{AppState, HttpSettings, ServeSettings, TRAIN_KIND, bind, router, serve};
 use gurukul::jobs::{self, Jobs, Work};
 use gurukul::model::load::{DeviceChoice, DtypeChoice};
 use gurukul::model::tokenizer::Tokenizer;
@@ -133,7 +133,7 @@ impl Server {
             prometheus: gurukul::metrics::install().expect("metrics can be recorded"),
             started: Instant::now(),
         };
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
+        let listener = bind("127.0.0.1:0".parse().expect("is an address")).expect("a port is free");
         let base = format!("http://{}", listener.local_addr().expect("is bound"));
         let service = router(state.clone());
         let task = tokio::spawn(async move {

@@ -25,7 +25,7 @@ use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio_util::either::Either;
@@ -57,6 +57,12 @@ const SEND_BUFFER_BYTES: usize = 64 << 10;
 /// After this long an HTTP/2 client that says nothing is asked whether it is there, and has as long to answer.
 const PING: Duration = Duration::from_secs(20);
 
+/// Bytes of an answer that the system holds for one connection while its client does not read. Left to itself it takes
+/// megabytes, and tells of a slow client's reading only once in a megabyte.
+const SOCKET_SEND_BYTES: u32 = 256 << 10;
+/// Connections that may wait in the system's queue.
+const BACKLOG: u32 = 1024;
+
 /// What connections may do.
 #[derive(Debug, Clone)]
 pub struct ServeSettings {
@@ -82,6 +88,21 @@ impl Default for ServeSettings {
             tls: None,
         }
     }
+}
+
+/// Listens.
+///
+/// # Errors
+/// The address cannot be listened on.
+pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // As the standard library does: a server can be started again at once.
+    #[cfg(unix)]
+    socket.set_reuseaddr(true)?;
+    // Accepted connections have what their listener has.
+    socket.set_send_buffer_size(SOCKET_SEND_BYTES)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 /// What all connections share.
