@@ -151,7 +151,8 @@ fn request(numbers: &mut Numbers) -> Vec<u8> {
                 "\x16\x03\x01\x02\x00\x01\x00\x01\x7c\x03\x03",
                 "GET / HTTP/1.1\r\nhost: a\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n",
             ];
-            mangled(numbers, numbers.of(&starts).as_bytes().to_vec())
+            let start = numbers.of(&starts).as_bytes().to_vec();
+            mangled(numbers, start)
         }
     }
 }
