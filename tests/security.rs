@@ -252,7 +252,7 @@ sources:
         ("HF_TOKEN", "s3cr3t-hf"),
         ("WEB_TOKEN", "Bearer s3cr3t-web"),
         ("QDRANT_KEY", "s3cr3t-qdrant"),
-        ("AWS_ACCESS_KEY_ID", "s3cr3t-id"),
+        ("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE"),
         ("AWS_SECRET_ACCESS_KEY", "s3cr3t-aws"),
         ("AWS_REGION", "us-east-1"),
         ("RUST_LOG", "debug"),
