@@ -194,8 +194,8 @@ async fn names_in_bodies_stay_names() {
             let text = response.text().await.expect("is text");
             assert_harmless(&what, status, &text);
             let is_base = name.trim().is_empty() && path == "/generate-lite";
-            // A good name of a run, whose log is beside the link and not behind it.
-            let is_default = ["", "link-out"].contains(&name) && path == "/rl/collect";
+            // Good names of runs, whose logs are beside the link and not behind it.
+            let is_default = ["", "link-out", "link.yaml"].contains(&name) && path == "/rl/collect";
             assert!(status >= 400 || is_base || is_default, "{what}: {status} {text}");
         }
         let url = format!("{}/sources?mcp_config_path={}", server.base, encoded(name));
