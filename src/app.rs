@@ -4,6 +4,7 @@
 mod collecting;
 mod demo;
 mod housekeeping;
+mod reload;
 mod training;
 
 use std::future::Future;
@@ -24,7 +25,7 @@ use crate::config::Settings;
 use crate::config::rl::{self, RlConfig, SinksConfig};
 use crate::data::hub::{self, Progress};
 use crate::engine::EngineHandle;
-use crate::http::{self, AppState, Gate, HttpSettings};
+use crate::http::{self, AppState, Gate, HttpSettings, ServeSettings};
 use crate::jobs::{self, Jobs};
 use crate::metrics;
 use crate::model::tokenizer::Tokenizer;
@@ -33,6 +34,7 @@ use crate::rl::log::FOLDER;
 use crate::rl::outbox::{Outbox, Patience};
 use crate::rl::{Collector, EpisodeLog};
 use crate::train::Context;
+use reload::Reload;
 
 /// How long uploads that are on their way may go on after the signal to stop, where the grace period is not shorter: they
 /// begin anew at the next start.
@@ -134,8 +136,10 @@ pub async fn outbox(settings: &Settings, jobs: &Jobs, sinks: SinksConfig) -> any
 /// A server that has its port and answers that the model is not there yet.
 pub struct Front {
     address: SocketAddr,
+    url: String,
     gate: Gate,
     server: Server,
+    reload: Reload,
 }
 
 /// The task that accepts connections; cut where it is when this is dropped.
@@ -147,13 +151,13 @@ struct Server {
 
 impl Server {
     /// Serves `routes` on its own task.
-    fn start(listener: TcpListener, routes: axum::Router) -> Self {
+    fn start(listener: TcpListener, routes: axum::Router, settings: ServeSettings) -> Self {
         let (stop, stopped) = oneshot::channel::<()>();
         let stopped = async {
             // An error means that the sender is gone, which is the sign.
             let _ = stopped.await;
         };
-        let server = axum::serve(listener, routes).with_graceful_shutdown(stopped).into_future();
+        let server = http::serve(listener, routes, settings, stopped);
         Self { task: tokio::spawn(server), stop: Some(stop) }
     }
 
@@ -183,16 +187,24 @@ impl Front {
     /// Takes the port and answers there that the model is not there yet.
     ///
     /// # Errors
-    /// A port in use, or an address that is not to be had. The chain holds [`CannotStart`].
+    /// A port in use, an address that is not to be had, a certificate that cannot be used. The chain holds
+    /// [`CannotStart`].
     pub async fn open(settings: &Settings) -> anyhow::Result<Self> {
         let listener = listen(SocketAddr::new(settings.host, settings.port)).await.context(CannotStart)?;
         let address = listener.local_addr().context("the listener has no address").context(CannotStart)?;
+        let reload = Reload::new(settings).context(CannotStart)?;
+        reload.clone().spawn();
+        let serving = ServeSettings {
+            max_connections: settings.security.max_connections,
+            tls: reload.tls(),
+            ..ServeSettings::default()
+        };
+        let scheme = if serving.tls.is_some() { "https" } else { "http" };
+        let url = format!("{scheme}://{address}");
         let gate = Gate::loading();
-        let server = Server::start(listener, gate.clone().router());
-        tracing::info!(
-            "taking connections on http://{address}; requests are answered once the model is loaded"
-        );
-        Ok(Self { address, gate, server })
+        let server = Server::start(listener, gate.clone().router(), serving);
+        tracing::info!("taking connections on {url}; requests are answered once the model is loaded");
+        Ok(Self { address, url, gate, server, reload })
     }
 
     /// Opens the jobs, loads the model and lays out the routes; from then on requests are answered, and jobs that an
@@ -201,7 +213,7 @@ impl Front {
     /// # Errors
     /// A job store that cannot be used, or what [`load`] refuses. The chain holds [`CannotStart`].
     pub async fn load(self, settings: &Settings) -> anyhow::Result<App> {
-        let Self { address, gate, server } = self;
+        let Self { address, url, gate, server, reload } = self;
         let rl = Arc::new(rl_config(settings)?);
         let jobs = open_jobs(settings).await.context(CannotStart)?;
         housekeeping::sweep(&settings.data_dir);
@@ -221,6 +233,9 @@ impl Front {
         let kinds = training::kinds(learning.clone(), collector.clone(), uploads.clone());
         jobs.start(kinds).await.context(CannotStart)?;
         let http = HttpSettings {
+            access: reload.access(),
+            request_timeout: settings.security.request_timeout,
+            cors_origins: settings.security.cors_origins.clone(),
             max_body_bytes: settings.max_body_bytes,
             max_prompt_bytes: settings.max_prompt_bytes,
             max_upload_bytes: settings.max_upload_bytes,
@@ -243,13 +258,14 @@ impl Front {
             prometheus,
             lifecycle: gate.lifecycle(),
         }));
-        Ok(App { address, gate, server, engine, adapters, jobs, uploads, grace: settings.grace })
+        Ok(App { address, url, gate, server, engine, adapters, jobs, uploads, grace: settings.grace })
     }
 }
 
 /// A server that answers.
 pub struct App {
     address: SocketAddr,
+    url: String,
     gate: Gate,
     server: Server,
     engine: EngineHandle,
@@ -283,6 +299,11 @@ impl App {
         self.address
     }
 
+    /// The same as an address for clients, `http://127.0.0.1:8110`.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
     /// Answers until `stop` is through. Then it is not ready any more and refuses new requests, and waits until the
     /// running ones have ended and the running jobs have written their checkpoints, at most for the grace period or
     /// until `stop`'s answer is through: the second signal. What runs then is cut, with a proper end of its answer.
@@ -300,8 +321,8 @@ impl App {
             device = info.device,
             quantization = info.quantization,
             context_tokens = info.context_length,
-            "listening on http://{}",
-            self.address
+            "listening on {}",
+            self.url
         );
         let again = tokio::select! {
             outcome = self.server.ended() => {
@@ -440,7 +461,7 @@ impl Signals {
 }
 
 async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.map_err(|error| {
+    http::bind(address).map_err(|error| {
         let remedy = match error.kind() {
             io::ErrorKind::AddrInUse => {
                 "another program listens there; stop it, or choose another --port (0 takes a free one)"

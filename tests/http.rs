@@ -8,8 +8,12 @@ mod bad_input;
 mod fine_tuning;
 #[path = "http/generate_lite.rs"]
 mod generate_lite;
+#[path = "http/malformed.rs"]
+mod malformed;
 #[path = "http/openai.rs"]
 mod openai;
+#[path = "http/paths.rs"]
+mod paths;
 #[path = "http/rl_collect.rs"]
 mod rl_collect;
 #[path = "http/rl_train.rs"]

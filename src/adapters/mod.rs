@@ -37,7 +37,8 @@ pub(crate) use write::safetensors_bytes;
 pub enum AdapterError {
     /// The name breaks the rule of [`check_name`]; no path was built from it.
     #[error(
-        "{name:?} is no adapter name: 1 to 64 characters of a-z, 0-9, '.', '_' and '-', the first a letter or a digit"
+        "{name:?} is no adapter name: 1 to 64 characters of a-z, 0-9, '.', '_' and '-', the first a letter or a digit, \
+         and no device of Windows such as con or com1"
     )]
     InvalidName {
         /// The name as it came, shortened when it is long.
@@ -170,7 +171,16 @@ impl AdapterInfo {
     }
 }
 
-/// Accepts `[a-z0-9][a-z0-9._-]{0,63}`. No such name is a path of more than one component, `.` or `..`, and no
+/// Whether Windows takes a name, in any folder and with any ending, for one of its devices.
+pub fn is_device_name(name: &str) -> bool {
+    let stem = name.split('.').next().unwrap_or_default();
+    let numbered = |device: &str| {
+        stem.strip_prefix(device).is_some_and(|n| n.len() == 1 && n.bytes().all(|b| b.is_ascii_digit()))
+    };
+    matches!(stem, "con" | "prn" | "aux" | "nul") || numbered("com") || numbered("lpt")
+}
+
+/// Accepts `[a-z0-9][a-z0-9._-]{0,63}` but for devices ([`is_device_name`]). No such name is a path of more than one component, `.` or `..`, and no
 /// two of them are one name on a file system that ignores case.
 ///
 /// # Errors
@@ -179,7 +189,8 @@ pub fn check_name(name: &str) -> Result<(), AdapterError> {
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     let valid = name.len() <= 64
         && name.bytes().next().is_some_and(plain)
-        && name.bytes().all(|b| plain(b) || matches!(b, b'.' | b'_' | b'-'));
+        && name.bytes().all(|b| plain(b) || matches!(b, b'.' | b'_' | b'-'))
+        && !is_device_name(name);
     if valid { Ok(()) } else { Err(AdapterError::InvalidName { name: name.chars().take(80).collect() }) }
 }
 
@@ -190,7 +201,9 @@ mod tests {
 
     #[test]
     fn names_follow_the_rule() {
-        for name in ["a", "0", "hindi", "hindi-v2.1_final", "a..b", &"x".repeat(64)] {
+        for name in
+            ["a", "0", "hindi", "hindi-v2.1_final", "a..b", "console", "com", "com10", &"x".repeat(64)]
+        {
             assert!(check_name(name).is_ok(), "{name}");
         }
         for name in [
@@ -214,6 +227,10 @@ mod tests {
             "a:b",
             "~",
             "हिंदी",
+            "con",
+            "nul.v2",
+            "com1",
+            "lpt9.a.b",
             "\u{430}dapter",
             "a\u{200b}b",
             "a\u{2215}b",
@@ -243,7 +260,7 @@ mod tests {
 
         #[test]
         fn every_name_of_the_rule_is_good(name in "[a-z0-9][a-z0-9._-]{0,63}") {
-            prop_assert!(check_name(&name).is_ok());
+            prop_assert_eq!(check_name(&name).is_ok(), !is_device_name(&name));
         }
     }
 }

@@ -20,6 +20,7 @@ pub(super) fn run(settings: &Settings) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "# Settings in force, as a configs/server.yaml; the comments say where each comes from.")?;
     write!(out, "{}", settings.to_yaml())?;
+    writeln!(out, "\n{}", settings.security.describe())?;
     writeln!(out, "\n{training}")?;
     if settings.model.is_none() {
         writeln!(out, "\n# No model is named: the demo model that this program carries is served.")?;

@@ -1,6 +1,5 @@
 //! `gurukul serve`: runs the application until a signal ends it.
 
-use std::net::SocketAddr;
 use std::pin::pin;
 use std::time::Duration;
 
@@ -33,23 +32,23 @@ async fn serve(settings: &Settings, engine: &mut Option<EngineHandle>) -> anyhow
         }
     };
     *engine = Some(app.engine());
-    super::print(&welcome(app.address(), settings.model.is_none()))?;
+    super::print(&welcome(app.url(), settings.model.is_none()))?;
     app.run(stop).await
 }
 
 /// Where the server is; with the demo model, also three requests to paste.
-fn welcome(address: SocketAddr, demo: bool) -> String {
-    let mut text = format!("gurukul answers on http://{address} (docs: http://{address}/docs/)\n");
+fn welcome(url: &str, demo: bool) -> String {
+    let mut text = format!("gurukul answers on {url} (docs: {url}/docs/)\n");
     if demo {
         let json = "-H 'content-type: application/json' -d";
         text += &format!(
             "This is the demo model, a toy that translates short sentences into ten Indian languages; --model takes \
              another.\nThree requests to try:\n\
-             curl -s http://{address}/generate-lite {json} '{{\"prompt\": \"Translate to Hindi: Where is the \
+             curl -s {url}/generate-lite {json} '{{\"prompt\": \"Translate to Hindi: Where is the \
              school?\", \"do_sample\": false}}'\n\
-             curl -s http://{address}/generate-lite {json} '{{\"prompt\": \"தமிழில் மொழிபெயர்க்கவும்: I need \
+             curl -s {url}/generate-lite {json} '{{\"prompt\": \"தமிழில் மொழிபெயர்க்கவும்: I need \
              water.\", \"do_sample\": false}}'\n\
-             curl -s http://{address}/v1/chat/completions {json} '{{\"model\": \"gurukul-demo\", \
+             curl -s {url}/v1/chat/completions {json} '{{\"model\": \"gurukul-demo\", \
              \"temperature\": 0, \"messages\": [{{\"role\": \"user\", \"content\": \"Translate to Urdu: Good \
              morning.\"}}]}}'\n"
         );

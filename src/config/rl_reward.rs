@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::adapter::FieldError;
 use super::range::within;
 use super::rl::null_is_default;
+use crate::data::web::bare;
 
 /// The parts of the reward, each with its weight. The reward is the weighted mean of the parts that apply.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -188,7 +189,7 @@ impl RewardConfig {
         if http.weight > 0.0 && !is_web_address(&http.url) {
             return error(
                 "rewards.http.url",
-                format!("is '{}'; write http://... or https://..., or set the weight to 0", http.url),
+                format!("is '{}'; write http://... or https://..., or set the weight to 0", bare(&http.url)),
             );
         }
         within("rewards.http.timeout_s", http.timeout_s, (Bound::Excluded(0.0), Bound::Included(600.0)))?;

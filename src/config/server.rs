@@ -1,15 +1,18 @@
 //! The server's settings: [`Typed`] as flags, environment and `server.yaml` give them, [`Settings`] as resolved.
 //! Precedence: flags, `GURUKUL_*`, `server.yaml`, defaults. It reads one file and opens no model and no socket.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 
 use super::duration::TimeSpan;
+use super::keys;
 use super::origin::{Origin, Sourced, from_environment, pick};
+use super::security::{Security, TypedSecurity};
+use super::server_values::{parse_device, parse_dtype, parse_host, parse_quantize};
 use super::size::ByteSize;
 use super::size_or::{CacheSize, QuotaSize};
 use crate::engine::EngineConfig;
@@ -100,6 +103,30 @@ pub struct Typed {
     /// Time that running requests and jobs get after the signal to stop [default: 30s]
     #[arg(long, global = true, value_name = "TIME")]
     pub grace: Option<TimeSpan>,
+    /// YAML file with API keys; the variable GURUKUL_API_KEYS can hold keys as well
+    #[arg(long, alias = "api-keys", global = true, value_name = "FILE")]
+    pub api_keys_file: Option<PathBuf>,
+    /// Requests a minute for each API key; 0 is no bound [default: 0]
+    #[arg(long, global = true, value_name = "N")]
+    pub rate_limit: Option<u32>,
+    /// Requests that each API key may have under way; 0 is no bound [default: 0]
+    #[arg(long, global = true, value_name = "N")]
+    pub max_concurrent: Option<u32>,
+    /// Connections at once [default: 2048]
+    #[arg(long, global = true, value_name = "N")]
+    pub max_connections: Option<u32>,
+    /// Seconds until an answer must begin [default: 300]
+    #[arg(long, global = true, value_name = "SECONDS")]
+    pub request_timeout: Option<u64>,
+    /// Origins whose pages may read answers in a browser: a list with commas, or * [default: none]
+    #[arg(long, global = true, value_name = "ORIGINS")]
+    pub cors_origins: Option<String>,
+    /// Speak TLS with this certificate, a PEM file; needs --tls-key
+    #[arg(long, global = true, value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+    /// The certificate's private key, a PEM file
+    #[arg(long, global = true, value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
     /// Log lines on stderr as text or json [default: text]
     #[arg(long, global = true, value_name = "FORMAT")]
     pub log: Option<LogFormat>,
@@ -137,6 +164,14 @@ impl Typed {
             max_upload,
             max_prompt,
             grace,
+            api_keys_file,
+            rate_limit,
+            max_concurrent,
+            max_connections,
+            request_timeout,
+            cors_origins,
+            tls_cert,
+            tls_key,
             log,
             insecure_no_auth,
         ))
@@ -250,6 +285,8 @@ pub struct Settings {
     pub max_prompt_bytes: usize,
     /// Time that running requests and jobs get after the signal to stop.
     pub grace: Duration,
+    /// Who may use the server, how much, and over what.
+    pub security: Security,
     /// How log lines look.
     pub log: LogFormat,
     /// Key, value and origin of every setting, in the order of `server.yaml`.
@@ -276,13 +313,15 @@ impl Settings {
         let path = configs.value.join(FILE_NAME);
         let file = Typed::from_file(&path)?;
         let environment = Typed::from_environment(lookup)?;
-        Self::from_layers(&flags.typed, &environment, &file, configs.value, &path)
+        let keys = lookup(keys::VARIABLE);
+        Self::from_layers(&flags.typed, &environment, &file, keys, configs.value, &path)
     }
 
     fn from_layers(
         flags: &Typed,
         environment: &Typed,
         file: &Typed,
+        keys: Option<String>,
         configs_dir: PathBuf,
         path: &Path,
     ) -> anyhow::Result<Self> {
@@ -296,16 +335,19 @@ impl Settings {
                 )
             };
         }
+        // Without a default of its own: `None` means that nobody named one.
+        macro_rules! pick_named {
+            ($field:ident) => {{
+                let [flag, environment, file] = [flags, environment, file]
+                    .map(|layer| layer.$field.as_ref().map(|value| Some(value.clone())));
+                pick(stringify!($field), [&flag, &environment, &file], path, None)
+            }};
+        }
         let host = pick!(host, "127.0.0.1");
         let port = pick!(port, 8110_u16);
         let device = pick!(device, "auto");
         let data_dir = pick!(data_dir, ".");
-        // Without a default of its own: `None` means that nobody named a model.
-        let model = {
-            let [flag, environment, file] =
-                [flags, environment, file].map(|layer| layer.model.as_ref().map(|model| Some(model.clone())));
-            pick("model", [&flag, &environment, &file], path, None)
-        };
+        let model = pick_named!(model);
         let dtype = pick!(dtype, "auto");
         let quantize = pick!(quantize, "none");
         let kv_cache = pick!(kv_cache, CacheSize::Auto);
@@ -321,16 +363,30 @@ impl Settings {
         let max_upload = pick!(max_upload, ByteSize(64 << 20));
         let mut max_prompt = pick!(max_prompt, ByteSize(256 << 10));
         let grace = pick!(grace, TimeSpan::seconds(30));
+        let api_keys_file = pick_named!(api_keys_file);
+        let rate_limit = pick!(rate_limit, 0_u32);
+        let max_concurrent = pick!(max_concurrent, 0_u32);
+        let max_connections = pick!(max_connections, 2048_u32);
+        let request_timeout = pick!(request_timeout, 300_u64);
+        let cors_origins = pick!(cors_origins, "");
+        let tls_cert = pick_named!(tls_cert);
+        let tls_key = pick_named!(tls_key);
         let log = pick!(log, LogFormat::Text);
         let insecure_no_auth = pick!(insecure_no_auth, false);
 
         let address = host.convert(|text| parse_host(text))?;
-        if !address.is_loopback() && !insecure_no_auth.value {
-            return Err(host.error(format_args!(
-                "{address} can be reached from other machines, and this version has no API keys: anyone there \
-                 could use the server. Use 127.0.0.1, or say --insecure-no-auth to accept that"
-            )));
-        }
+        let security = Security::resolve(TypedSecurity {
+            keys,
+            api_keys_file: &api_keys_file,
+            rate_limit: &rate_limit,
+            max_concurrent: &max_concurrent,
+            max_connections: &max_connections,
+            request_timeout: &request_timeout,
+            cors_origins: &cors_origins,
+            tls_cert: &tls_cert,
+            tls_key: &tls_key,
+        })?;
+        security.check_host(&host, address, insecure_no_auth.value)?;
         if let Some(spec) = &model.value
             && spec.trim().is_empty()
         {
@@ -393,6 +449,14 @@ impl Settings {
             max_upload: quoted(&max_upload.value.to_string()),
             max_prompt: quoted(&max_prompt.value.to_string()),
             grace: quoted(&grace.value.to_string()),
+            api_keys_file: shown_path(&api_keys_file.value),
+            rate_limit: rate_limit.value.to_string(),
+            max_concurrent: max_concurrent.value.to_string(),
+            max_connections: max_connections.value.to_string(),
+            request_timeout: request_timeout.value.to_string(),
+            cors_origins: quoted(&cors_origins.value),
+            tls_cert: shown_path(&tls_cert.value),
+            tls_key: shown_path(&tls_key.value),
             log: match log.value { LogFormat::Text => "text".into(), LogFormat::Json => "json".into() },
             insecure_no_auth: insecure_no_auth.value.to_string(),
         ];
@@ -417,6 +481,7 @@ impl Settings {
             max_upload_bytes: max_upload.within(ByteSize(1 << 10), ByteSize(1 << 34))?.0 as usize,
             max_prompt_bytes: max_prompt_bytes.0 as usize,
             grace: grace.within(TimeSpan::seconds(0), TimeSpan::seconds(24 * 3600))?.0,
+            security,
             log: log.value,
             lines,
         })
@@ -438,51 +503,13 @@ impl Settings {
     }
 }
 
+fn shown_path(path: &Option<PathBuf>) -> String {
+    path.as_deref().map_or("null".into(), |path| quoted(&path.to_string_lossy()))
+}
+
 /// A YAML scalar in double quotes, whose escapes are those of JSON.
 fn quoted(text: &str) -> String {
     serde_json::Value::from(text).to_string()
-}
-
-fn parse_host(text: &str) -> anyhow::Result<IpAddr> {
-    if text == "localhost" {
-        return Ok(Ipv4Addr::LOCALHOST.into());
-    }
-    let bare = text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text);
-    bare.parse().map_err(|_| {
-        anyhow::anyhow!("'{text}' is no IP address; use 127.0.0.1 (this machine only), or 0.0.0.0 or ::1")
-    })
-}
-
-fn parse_device(text: &str) -> anyhow::Result<DeviceChoice> {
-    match text {
-        "auto" => Ok(DeviceChoice::Auto),
-        "cpu" => Ok(DeviceChoice::Cpu),
-        "cuda" => Ok(DeviceChoice::Cuda(0)),
-        _ => match text.strip_prefix("cuda:").map(str::parse) {
-            Some(Ok(index)) => Ok(DeviceChoice::Cuda(index)),
-            _ => bail!("'{text}' is no device; use auto, cpu, cuda or cuda:N with N the number of the card"),
-        },
-    }
-}
-
-fn parse_dtype(text: &str) -> anyhow::Result<DtypeChoice> {
-    match text {
-        "auto" => Ok(DtypeChoice::Auto),
-        "f32" => Ok(DtypeChoice::F32),
-        "f16" => Ok(DtypeChoice::F16),
-        "bf16" => Ok(DtypeChoice::Bf16),
-        _ => bail!("'{text}' is no dtype; use auto, f32, f16 or bf16"),
-    }
-}
-
-fn parse_quantize(text: &str) -> anyhow::Result<Quantization> {
-    match text {
-        "none" => Ok(Quantization::None),
-        "q8_0" => Ok(Quantization::Q8_0),
-        "q4_0" => Ok(Quantization::Q4_0),
-        "q4_k" => Ok(Quantization::Q4K),
-        _ => bail!("'{text}' is no quantization; use none, q8_0, q4_0 or q4_k"),
-    }
 }
 
 #[cfg(test)]

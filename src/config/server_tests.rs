@@ -10,6 +10,17 @@ struct CommandLine {
     flags: ServerFlags,
 }
 
+macro_rules! fixtures {
+    () => {
+        concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures")
+    };
+}
+const KEYS: &str = concat!(fixtures!(), "/api_keys.yaml");
+const CERT: &str = concat!(fixtures!(), "/tls/cert.pem");
+const KEY: &str = concat!(fixtures!(), "/tls/key.pem");
+/// What is null, and so said by nobody, while nobody names one.
+const NAMED: [&str; 4] = ["model", "api_keys_file", "tls_cert", "tls_key"];
+
 /// Resolves flags, variables and a `server.yaml` in a folder of its own.
 fn resolve(flags: &[&str], variables: &[(&str, &str)], yaml: &str) -> anyhow::Result<Settings> {
     let dir = tempfile::tempdir().unwrap();
@@ -108,12 +119,20 @@ fn every_field_is_read_from_each_source() {
         ("max_upload", "12MiB", "\"12MiB\""),
         ("max_prompt", "1MiB", "\"1MiB\""),
         ("grace", "14s", "\"14s\""),
+        ("api_keys_file", KEYS, concat!("\"", fixtures!(), "/api_keys.yaml\"")),
+        ("rate_limit", "60", "60"),
+        ("max_concurrent", "13", "13"),
+        ("max_connections", "14", "14"),
+        ("request_timeout", "15", "15"),
+        ("cors_origins", "https://a.example", "\"https://a.example\""),
+        ("tls_cert", CERT, concat!("\"", fixtures!(), "/tls/cert.pem\"")),
+        ("tls_key", KEY, concat!("\"", fixtures!(), "/tls/key.pem\"")),
         ("log", "json", "json"),
         ("insecure_no_auth", "true", "true"),
     ];
     let yaml: String = values.iter().map(|(name, value, _)| format!("{name}: \"{value}\"\n")).collect();
     // Numbers and booleans are no strings in YAML.
-    let yaml = ["81", "5", "6", "7", "0.25", "8", "11", "true"]
+    let yaml = ["81", "5", "6", "7", "0.25", "8", "11", "60", "13", "14", "15", "true"]
         .iter()
         .fold(yaml, |y, v| y.replace(&format!("\"{v}\""), v));
     let variables: Vec<(String, &str)> =
@@ -168,10 +187,15 @@ fn the_shipped_file_changes_nothing_and_names_every_field() {
     assert_eq!(spoken.engine, defaults.engine);
     let without_origin = |s: &Settings| s.lines.iter().map(|l| (l.0, l.1.clone())).collect::<Vec<_>>();
     assert_eq!(without_origin(&spoken), without_origin(&defaults));
-    for (name, _, origin) in spoken.lines.iter().filter(|l| l.0 != "model") {
+    for (name, _, origin) in spoken.lines.iter().filter(|l| !NAMED.contains(&l.0)) {
         assert!(matches!(origin, Origin::File(_)), "configs/server.yaml has no line for {name}");
     }
-    assert!(shipped.contains("\n#model: "), "configs/server.yaml has no line for model");
+    for name in NAMED {
+        assert!(
+            shipped.contains(&format!("\n#{name}: null\n")),
+            "configs/server.yaml has no line for {name}"
+        );
+    }
 }
 
 #[test]
@@ -208,6 +232,14 @@ fn values_out_of_range_name_place_and_range() {
         (["--max-body", "2GiB"], ["--max-body", "1KiB to 1GiB"]),
         (["--max-prompt", "2MiB"], ["--max-prompt", "--max-body"]),
         (["--max-prompt", "0"], ["--max-prompt", "1 to 1MiB"]),
+        (["--rate-limit", "1000001"], ["--rate-limit", "0 to 1000000"]),
+        (["--max-concurrent", "65537"], ["--max-concurrent", "0 to 65536"]),
+        (["--max-connections", "0"], ["--max-connections", "1 to 1000000"]),
+        (["--request-timeout", "0"], ["--request-timeout", "1 to 86400"]),
+        (["--cors-origins", "a.example"], ["--cors-origins", "https://example.org"]),
+        (["--tls-cert", CERT], ["--tls-cert", "--tls-key"]),
+        (["--tls-key", KEY], ["--tls-key", "--tls-cert"]),
+        (["--api-keys-file", "/nowhere.yaml"], ["--api-keys-file /nowhere.yaml", "correct the path"]),
         (["--port", "65536"], ["--port", "0..=65535"]),
         (["--device", "gpu"], ["--device", "cuda:N"]),
         (["--device", "cuda:x"], ["--device", "cuda:N"]),
@@ -261,4 +293,32 @@ fn hosts() {
         &error(&[], &[("GURUKUL_INSECURE_NO_AUTH", "perhaps")], ""),
         &["GURUKUL_INSECURE_NO_AUTH", "perhaps"],
     );
+}
+
+#[test]
+fn keys_open_other_addresses() {
+    let key = [("GURUKUL_API_KEYS", "ci=0123456789abcdef")];
+    let settings = resolve(&["--host", "0.0.0.0"], &key, "").unwrap();
+    assert_eq!(settings.security.keys.keys()[0].name(), "ci");
+    assert!(!settings.to_yaml().contains("0123456789abcdef"));
+    let both = resolve(&["--host", "0.0.0.0", "--api-keys", KEYS], &key, "").unwrap();
+    assert_eq!(both.security.describe(), "# API keys: 2\n#   ci: admin\n#   reader: generate");
+    assert_names(
+        &error(&[], &[("GURUKUL_API_KEYS", "a,b")], ""),
+        &["GURUKUL_API_KEYS", "entry 1", "openssl"],
+    );
+    // A variable without keys opens nothing.
+    assert!(resolve(&["--host", "0.0.0.0"], &[("GURUKUL_API_KEYS", " ")], "").is_err());
+}
+
+#[test]
+fn certificates_are_looked_at_when_settings_are() {
+    let other = concat!(fixtures!(), "/tls/other_key.pem");
+    assert!(resolve(&["--tls-cert", CERT, "--tls-key", KEY], &[], "").unwrap().security.tls.is_some());
+    assert_names(
+        &error(&["--tls-cert", CERT, "--tls-key", other], &[], ""),
+        &["other_key.pem", "go together"],
+    );
+    let open = resolve(&["--cors-origins", "*"], &[], "").unwrap();
+    assert_names(&open.security.describe(), &["No API keys", "Warning", "cors_origins"]);
 }

@@ -3,6 +3,7 @@
 use reqwest::Url;
 
 use super::hub::HuggingFaceConfig;
+use super::web::bare;
 use super::{HttpConfig, Location, McpConfig, QdrantConfig, S3Config, SourceConfig};
 
 impl SourceConfig {
@@ -33,15 +34,11 @@ fn first_of(all: &[String]) -> String {
     }
 }
 
-/// An address without its query, which may hold what is not for messages.
+/// An address as messages may say it.
 fn address(text: &str) -> String {
     match Url::parse(text) {
-        Ok(mut url) => {
-            url.set_query(None);
-            url.set_fragment(None);
-            url.into()
-        }
-        Err(_) => text.to_owned(),
+        Ok(url) => bare(url.as_str()),
+        Err(_) => bare(text),
     }
 }
 

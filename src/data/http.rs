@@ -66,7 +66,8 @@ impl HttpConfig {
         // One for all, so that files of one host share its connections. Hosts of this machine get no proxy.
         let mut client: Option<(String, reqwest::Client)> = None;
         let objects = addresses.into_iter().map(move |address| {
-            let url = Url::parse(&address).map_err(|e| format!("'{address}' is no address: {e}"))?;
+            let url =
+                Url::parse(&address).map_err(|e| format!("'{}' is no address: {e}", web::bare(&address)))?;
             let host = url.host_str().unwrap_or_default().to_owned();
             let patience = opening.patience;
             let http = match &client {
@@ -86,7 +87,7 @@ impl HttpConfig {
 /// Secrets belong into the environment: a source is kept in job files and shown in messages.
 pub(crate) fn check_url(text: &str) -> Result<(), String> {
     let url = Url::parse(text).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
-    let url = url.ok_or_else(|| format!("'{text}' is no http or https address"))?;
+    let url = url.ok_or_else(|| format!("'{}' is no http or https address", web::bare(text)))?;
     if !url.username().is_empty() || url.password().is_some() {
         return Err(format!(
             "the address of {} holds a name or a password; put the header's value into an environment variable \

@@ -36,6 +36,18 @@ pub(crate) fn client(url: &Url, connect: Duration, idle: Duration) -> Result<req
     })
 }
 
+/// What messages may say of a text that should be an address: without user, password and query, whatever it is.
+pub(crate) fn bare(text: &str) -> String {
+    let text = text.split(['?', '#']).next().unwrap_or_default();
+    let (scheme, rest) = match text.split_once("://") {
+        Some((scheme, rest)) => (format!("{scheme}://"), rest),
+        None => (String::new(), text),
+    };
+    let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let host = authority.rsplit('@').next().unwrap_or_default();
+    format!("{scheme}{host}{path}")
+}
+
 /// Whether an address is this machine's own, where no proxy could reach it.
 pub(super) fn is_loopback(url: &Url) -> bool {
     url.host_str().is_some_and(|host| host == "localhost" || host.starts_with("127.") || host == "[::1]")
@@ -113,4 +125,22 @@ pub(super) fn version(response: &Response) -> Option<&str> {
     header(response, ETAG.as_str())
         .filter(|tag| tag.starts_with('"'))
         .or_else(|| header(response, LAST_MODIFIED.as_str()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bare;
+
+    #[test]
+    fn messages_say_addresses_without_secrets() {
+        for (text, expected) in [
+            ("https://h/a?token=s#x", "https://h/a"),
+            ("ftp://user:pass@h:1/a@b", "ftp://h:1/a@b"),
+            ("user:pass@h", "h"),
+            ("nonsense", "nonsense"),
+            ("", ""),
+        ] {
+            assert_eq!(bare(text), expected, "{text}");
+        }
+    }
 }

@@ -8,6 +8,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::serve::TooSlow;
 use crate::adapters::AdapterError;
 use crate::config::adapter::FieldError;
 use crate::data::SourceError;
@@ -111,6 +112,43 @@ impl ApiError {
         }
     }
 
+    /// 429 with the time after which to come back.
+    pub(super) fn too_many(code: &'static str, message: String, retry_after_s: u64) -> Self {
+        Self {
+            status: StatusCode::TOO_MANY_REQUESTS,
+            kind: ErrorType::RateLimitError,
+            message,
+            param: None,
+            code,
+            retry_after_s: Some(retry_after_s),
+        }
+    }
+
+    /// 504: the answer took too long to begin.
+    pub(super) fn timed_out(message: String) -> Self {
+        Self {
+            status: StatusCode::GATEWAY_TIMEOUT,
+            kind: ErrorType::ServiceUnavailableError,
+            message,
+            param: None,
+            code: "request_timeout",
+            retry_after_s: None,
+        }
+    }
+
+    /// 408 where the client sent its body too slowly, else 400: it ended before it was complete.
+    pub(super) fn body_failed(error: &(dyn std::error::Error + 'static)) -> Self {
+        let mut cause = Some(error);
+        while let Some(inner) = cause {
+            if let Some(slow) = inner.downcast_ref::<TooSlow>() {
+                return Self::new(StatusCode::REQUEST_TIMEOUT, "body_timeout", slow.to_string());
+            }
+            cause = inner.source();
+        }
+        let message = "the body ended before it was complete";
+        Self::new(StatusCode::BAD_REQUEST, "incomplete_body", message)
+    }
+
     /// 507: the disk is full, and nothing of the request was stored.
     fn storage_full(message: String) -> Self {
         Self::no_room("storage_full", message)
@@ -187,14 +225,9 @@ impl From<EngineError> for ApiError {
             EngineError::ContextLength { .. } => {
                 Self::new(StatusCode::BAD_REQUEST, "context_length_exceeded", message).param("prompt")
             }
-            EngineError::QueueFull { retry_after_s, .. } => Self {
-                status: StatusCode::TOO_MANY_REQUESTS,
-                kind: ErrorType::RateLimitError,
-                message,
-                param: None,
-                code: "queue_full",
-                retry_after_s: Some(retry_after_s),
-            },
+            EngineError::QueueFull { retry_after_s, .. } => {
+                Self::too_many("queue_full", message, retry_after_s)
+            }
             EngineError::AdapterMemory { .. } => Self::unavailable("adapter_memory", message),
             EngineError::AdapterInvalid(_) => {
                 Self::new(StatusCode::UNPROCESSABLE_ENTITY, "adapter_invalid", message).param("adapter")

@@ -99,9 +99,7 @@ async fn read(request: Request, limit: usize) -> Result<Vec<u8>, ApiError> {
     }
     let mut bytes = Vec::with_capacity(declared.unwrap_or(0));
     while let Some(chunk) = body.next().await {
-        let chunk: Bytes = chunk.map_err(|_| {
-            ApiError::new(StatusCode::BAD_REQUEST, "incomplete_body", "the body ended before it was complete")
-        })?;
+        let chunk: Bytes = chunk.map_err(|error| ApiError::body_failed(&error))?;
         if bytes.len() + chunk.len() > limit {
             drop(bytes);
             drain(&mut body).await;

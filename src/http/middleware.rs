@@ -34,6 +34,7 @@ pub(super) async fn around(request: Request, next: Next) -> Response {
         adapter = Empty,
         generation = Empty,
         job_id = Empty,
+        key = Empty,
     );
     let mut watch = Watch {
         arrived: Instant::now(),

@@ -5,6 +5,8 @@
 //! A new endpoint is a handler file and one line in [`router`].
 
 mod adapters;
+mod auth;
+mod cors;
 mod error;
 mod extract;
 mod fields;
@@ -12,6 +14,7 @@ mod gate;
 mod generate_lite;
 mod generation;
 mod health;
+mod held;
 mod index;
 mod job_events;
 mod jobs;
@@ -23,22 +26,27 @@ mod rl_collect;
 mod rl_fields;
 mod rl_train;
 mod rl_uploads;
+mod serve;
 mod sources;
 mod sse;
 mod state;
 mod train;
 
 use axum::Router;
-use axum::http::{StatusCode, Uri};
+use axum::http::{Method, StatusCode, Uri};
 use axum::routing::get;
 use utoipa::OpenApi as _;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use crate::config::keys::Scope;
+
+pub use auth::Access;
 pub use error::{ApiError, ErrorBody, ErrorDetail, ErrorType};
 pub use gate::{Gate, Lifecycle, Phase};
 pub use rl_collect::COLLECT_KIND;
 pub use rl_train::RL_KIND;
+pub use serve::{BodyPatience, Patience, ServeSettings, Tls, bind, serve};
 pub use state::{AppState, GenerationDefaults, HttpSettings};
 pub use train::TRAIN_KIND;
 
@@ -86,15 +94,79 @@ fn table() -> OpenApiRouter<AppState> {
         .route("/docs/{*file}", get(openapi::docs_file))
 }
 
+/// What a request needs to be let in, where keys are configured at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Need {
+    /// Nothing.
+    Nothing,
+    /// A key with this scope.
+    Key(Scope),
+}
+
+/// What each route needs, by method and pattern; `*` at an end is everything below. The first line that fits counts.
+const NEEDS: &[(&[Method], &str, Need)] = &[
+    (&[Method::GET], "/", Need::Nothing),
+    (&[Method::GET], "/health", Need::Nothing),
+    (&[Method::GET], "/health/*", Need::Nothing),
+    (&[Method::GET], "/docs", Need::Nothing),
+    (&[Method::GET], "/docs/*", Need::Nothing),
+    (&[Method::GET], "/openapi.json", Need::Nothing),
+    (&[Method::POST], "/generate-lite", Need::Key(Scope::Generate)),
+    (&[Method::POST], "/v1/completions", Need::Key(Scope::Generate)),
+    (&[Method::POST], "/v1/chat/completions", Need::Key(Scope::Generate)),
+    (&[Method::GET], "/v1/models", Need::Key(Scope::Generate)),
+    (&[Method::GET], "/v1/models/*", Need::Key(Scope::Generate)),
+    (&[Method::GET], "/adapter/list", Need::Key(Scope::Generate)),
+    (&[Method::GET], "/adapter/{name}", Need::Key(Scope::Generate)),
+    (&[Method::DELETE], "/adapter/{name}", Need::Key(Scope::Admin)),
+    (&[Method::POST], "/adapter/train-lite", Need::Key(Scope::Train)),
+    (&[Method::GET], "/adapter/jobs", Need::Key(Scope::Train)),
+    (&[Method::GET], "/adapter/status/{job_id}", Need::Key(Scope::Train)),
+    (&[Method::GET], "/adapter/logs/*", Need::Key(Scope::Train)),
+    (&[Method::GET], "/adapter/events/{job_id}", Need::Key(Scope::Train)),
+    (&[Method::POST], "/adapter/cancel/{job_id}", Need::Key(Scope::Train)),
+    (&[Method::POST], "/adapter/resume/{job_id}", Need::Key(Scope::Train)),
+    (&[Method::GET, Method::POST], "/v1/files", Need::Key(Scope::Train)),
+    (&[Method::GET, Method::DELETE], "/v1/files/*", Need::Key(Scope::Train)),
+    (&[Method::GET, Method::POST], "/v1/fine_tuning/*", Need::Key(Scope::Train)),
+    (&[Method::GET], "/sources", Need::Key(Scope::Train)),
+    (&[Method::GET, Method::POST], "/rl/*", Need::Key(Scope::Rl)),
+    (&[Method::GET], "/metrics", Need::Key(Scope::Admin)),
+];
+
+/// What a route needs; `None` when [`NEEDS`] forgets it, which leaves it to the administrator.
+fn need_of(method: &Method, pattern: &str) -> Option<Need> {
+    // axum answers HEAD where there is a GET.
+    let method = if *method == Method::HEAD { &Method::GET } else { method };
+    let fits = |known: &str| match known.strip_suffix('*') {
+        Some(start) => pattern.starts_with(start),
+        None => pattern == known,
+    };
+    NEEDS.iter().find(|(methods, known, _)| methods.contains(method) && fits(known)).map(|(.., need)| *need)
+}
+
+/// The routes, and the document that has with each what it needs.
+fn parts() -> (Router<AppState>, utoipa::openapi::OpenApi) {
+    let (router, mut document) = table().split_for_parts();
+    openapi::complete(&mut document, need_of);
+    (router, document)
+}
+
 /// The service, ready to be served.
 pub fn router(state: AppState) -> Router {
-    let (router, document) = table().split_for_parts();
-    router
+    let (router, document) = parts();
+    let settings = state.settings.clone();
+    let router = router
         .route("/openapi.json", get(openapi::json(&document)))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
-        .layer(axum::middleware::from_fn(middleware::around))
-        .with_state(state)
+        .layer(axum::middleware::from_fn_with_state(settings.clone(), auth::guard));
+    // Around the keys: a browser asks what it may without one, and has to be able to read a refusal.
+    let router = match cors::layer(&settings.cors_origins) {
+        Some(cors) => router.layer(cors),
+        None => router,
+    };
+    router.layer(axum::middleware::from_fn(middleware::around)).with_state(state)
 }
 
 async fn no_route(uri: Uri) -> ApiError {
@@ -114,7 +186,7 @@ mod tests {
 
     #[test]
     fn the_document_has_every_endpoint_of_the_contract() {
-        let document = serde_json::to_value(table().into_openapi()).expect("is JSON");
+        let document = serde_json::to_value(parts().1).expect("is JSON");
         assert!(
             document["openapi"].as_str().is_some_and(|v| v.starts_with("3.1")),
             "{}",
@@ -175,8 +247,67 @@ mod tests {
     }
 
     #[test]
+    fn every_route_says_what_it_needs() {
+        let mut routes = 0;
+        for (pattern, item) in parts().1.paths.paths {
+            let methods = [
+                (Method::GET, item.get),
+                (Method::POST, item.post),
+                (Method::PUT, item.put),
+                (Method::DELETE, item.delete),
+                (Method::PATCH, item.patch),
+            ];
+            for (method, operation) in methods {
+                let Some(operation) = operation else { continue };
+                routes += 1;
+                let need = need_of(&method, &pattern);
+                let need = need.unwrap_or_else(|| panic!("{method} {pattern} has no line in NEEDS"));
+                let open = operation.security.is_none();
+                assert_eq!(open, need == Need::Nothing, "{method} {pattern}: the document says otherwise");
+                for status in ["401", "403", "408", "429", "504"] {
+                    let documented = operation.responses.responses.contains_key(status);
+                    assert!(
+                        documented || open || status == "408" || status == "504",
+                        "{method} {pattern} {status}"
+                    );
+                }
+            }
+        }
+        assert!(routes > 30, "{routes}");
+        // Those that are not in the document.
+        let undocumented =
+            include_str!("mod.rs").lines().filter_map(|line| line.trim().strip_prefix(".route(\""));
+        let mut seen = 0;
+        for pattern in undocumented.filter_map(|rest| rest.split('"').next()) {
+            assert!(need_of(&Method::GET, pattern).is_some(), "{pattern} has no line in NEEDS");
+            seen += 1;
+        }
+        assert!(seen >= 5, "{seen}");
+    }
+
+    #[test]
+    fn needs_are_those_of_the_contract() {
+        for (method, pattern, need) in [
+            (Method::GET, "/health/ready", Some(Need::Nothing)),
+            (Method::HEAD, "/health", Some(Need::Nothing)),
+            (Method::GET, "/v1/models/{owner}/{name}", Some(Need::Key(Scope::Generate))),
+            (Method::GET, "/adapter/{name}", Some(Need::Key(Scope::Generate))),
+            (Method::DELETE, "/adapter/{name}", Some(Need::Key(Scope::Admin))),
+            (Method::GET, "/adapter/logs/{job_id}/tail", Some(Need::Key(Scope::Train))),
+            (Method::DELETE, "/v1/files/{file_id}", Some(Need::Key(Scope::Train))),
+            (Method::POST, "/rl/uploads/{upload_id}/retry", Some(Need::Key(Scope::Rl))),
+            (Method::GET, "/metrics", Some(Need::Key(Scope::Admin))),
+            (Method::POST, "/health", None),
+            (Method::GET, "/healthy", None),
+            (Method::GET, "/adapter/new", None),
+        ] {
+            assert_eq!(need_of(&method, pattern), need, "{method} {pattern}");
+        }
+    }
+
+    #[test]
     fn the_document_is_as_it_was() {
-        let mut document = serde_json::to_value(table().into_openapi()).expect("is JSON");
+        let mut document = serde_json::to_value(parts().1).expect("is JSON");
         // A release is no change of the interface.
         document["info"]["version"] = "[version]".into();
         insta::with_settings!({snapshot_path => "../../tests/snapshots", prepend_module_to_snapshot => false}, {
@@ -186,7 +317,7 @@ mod tests {
 
     #[test]
     fn what_training_can_refuse_with_is_documented() {
-        let document = serde_json::to_value(table().into_openapi()).expect("is JSON");
+        let document = serde_json::to_value(parts().1).expect("is JSON");
         for (path, method, statuses) in [
             ("/adapter/train-lite", "post", &["400", "404", "409", "413", "415", "422", "503"][..]),
             ("/rl/train", "post", &["400", "404", "409", "413", "415", "422", "503"]),
@@ -210,7 +341,7 @@ mod tests {
 
     #[test]
     fn every_reference_of_the_document_has_its_schema() {
-        let document = serde_json::to_value(table().into_openapi()).expect("is JSON");
+        let document = serde_json::to_value(parts().1).expect("is JSON");
         let mut stack = vec![&document];
         while let Some(value) = stack.pop() {
             match value {

@@ -4,13 +4,18 @@
 use std::sync::Arc;
 
 use axum::extract::{Path, State};
-use axum::http::{StatusCode, header};
+use axum::http::{Method, StatusCode, header};
 use axum::response::{IntoResponse, Redirect, Response};
-use utoipa::openapi::OpenApi as Document;
+use utoipa::openapi::security::{
+    ApiKey, ApiKeyValue, Http, HttpAuthScheme, SecurityRequirement, SecurityScheme,
+};
+use utoipa::openapi::{self, Content, OpenApi as Document, Ref, RefOr, ResponseBuilder};
 use utoipa::{IntoResponses, OpenApi};
 
+use super::Need;
 use super::error::{ApiError, ErrorBody};
 use super::state::AppState;
+use crate::config::keys::Scope;
 
 /// What the document says besides the endpoints; those come with their routes.
 #[derive(OpenApi)]
@@ -62,6 +67,60 @@ pub(super) enum GenerationErrors {
     /// The server is stopping or has no memory for the adapter now; Retry-After tells when to come back
     #[response(status = 503)]
     Unavailable(ErrorBody),
+}
+
+/// Names of the security schemes in the document.
+const SCHEMES: [&str; 2] = ["bearer", "api_key"];
+
+/// Adds to every operation what is true of all that need as much: how to identify, and what can be refused before a
+/// handler is asked.
+pub(super) fn complete(document: &mut Document, need_of: fn(&Method, &str) -> Option<Need>) {
+    let components = document.components.get_or_insert_default();
+    let mut bearer = Http::new(HttpAuthScheme::Bearer);
+    bearer.description =
+        Some("An API key, where the server has any; without keys nobody has to identify".to_owned());
+    let header = ApiKeyValue::with_description("x-api-key", "The same key in a header of its own");
+    components.add_security_scheme(SCHEMES[0], SecurityScheme::Http(bearer));
+    components.add_security_scheme(SCHEMES[1], SecurityScheme::ApiKey(ApiKey::Header(header)));
+    for (path, item) in &mut document.paths.paths {
+        let operations = [
+            (Method::GET, &mut item.get),
+            (Method::POST, &mut item.post),
+            (Method::PUT, &mut item.put),
+            (Method::DELETE, &mut item.delete),
+            (Method::PATCH, &mut item.patch),
+        ];
+        for (method, operation) in operations {
+            let Some(operation) = operation else { continue };
+            let mut refusals = Vec::new();
+            if operation.request_body.is_some() {
+                refusals.push(("408", "The body came too slowly"));
+            }
+            // What is not in the table needs the administrator's key, as everywhere.
+            if let Need::Key(scope) = need_of(&method, path).unwrap_or(Need::Key(Scope::Admin)) {
+                let scopes = || [scope.as_str()];
+                let one_of = SCHEMES.map(|name| SecurityRequirement::new(name, scopes()));
+                operation.security = Some(one_of.into());
+                refusals.extend([
+                    ("401", "No API key, or one that is not known"),
+                    ("403", "The API key lacks the scope that this needs"),
+                    ("429", "More than the API key may ask for; Retry-After tells when to come back"),
+                    ("504", "The answer did not begin in time"),
+                ]);
+            }
+            for (status, why) in refusals {
+                let known = &mut operation.responses.responses;
+                known.entry(status.to_owned()).or_insert_with(|| refusal(why).into());
+            }
+        }
+    }
+}
+
+/// An error in the envelope.
+fn refusal(why: &str) -> openapi::Response {
+    let body = Ref::from_schema_name("ErrorBody");
+    let content = Content::new(Some(RefOr::Ref(body)));
+    ResponseBuilder::new().description(why).content("application/json", content).build()
 }
 
 /// Answers with the document, which is written out once.

@@ -6,8 +6,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use metrics_exporter_prometheus::PrometheusHandle;
 
+use super::auth::Access;
 use super::gate::Lifecycle;
 use crate::adapters;
+use crate::config::CorsOrigins;
 use crate::engine::EngineHandle;
 use crate::jobs::Jobs;
 use crate::model::tokenizer::Tokenizer;
@@ -68,6 +70,12 @@ pub struct HttpSettings {
     pub max_upload_bytes: usize,
     /// Folder of the settings files that requests name.
     pub configs_dir: PathBuf,
+    /// Who may use the server, and how much.
+    pub access: Arc<Access>,
+    /// Until an answer must begin.
+    pub request_timeout: Duration,
+    /// Origins whose pages may read answers in a browser.
+    pub cors_origins: CorsOrigins,
     /// Time between signs of life on a stream of a job's events.
     pub heartbeat: Duration,
     /// What `/generate-lite` uses where a request says nothing.
@@ -83,6 +91,9 @@ impl HttpSettings {
             max_prompt_bytes: 256 << 10,
             max_upload_bytes: 64 << 20,
             configs_dir: PathBuf::from("configs"),
+            access: Arc::new(Access::open()),
+            request_timeout: Duration::from_secs(300),
+            cors_origins: CorsOrigins::None,
             heartbeat: Duration::from_secs(10),
             generation: GenerationDefaults::default(),
         }

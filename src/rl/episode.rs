@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::adapters::is_device_name;
+
 /// Version of the line.
 pub const SCHEMA: u32 = 1;
 
@@ -165,7 +167,12 @@ pub fn check_run_id(name: &str) -> Result<(), InvalidName> {
     let first = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     let fits = |b: u8| first(b) || b"._-".contains(&b);
     match name.as_bytes() {
-        [begin, rest @ ..] if first(*begin) && name.len() <= MAX_NAME && rest.iter().all(|b| fits(*b)) => {
+        [begin, rest @ ..]
+            if first(*begin)
+                && name.len() <= MAX_NAME
+                && rest.iter().all(|b| fits(*b))
+                && !is_device_name(name) =>
+        {
             Ok(())
         }
         _ => Err(InvalidName(name.chars().take(80).collect())),
@@ -181,9 +188,24 @@ mod tests {
         for name in ["a", "0", "run-2026.11_x", &"x".repeat(64)] {
             assert!(check_run_id(name).is_ok(), "{name}");
         }
-        for name in
-            ["", ".", "..", "../x", "a/b", "a\\b", "-a", ".a", "A", "ä", "a b", "a~1", "a\0", &"x".repeat(65)]
-        {
+        for name in [
+            "",
+            ".",
+            "..",
+            "../x",
+            "a/b",
+            "a\\b",
+            "-a",
+            ".a",
+            "A",
+            "ä",
+            "a b",
+            "a~1",
+            "a\0",
+            "nul",
+            "com1.x",
+            &"x".repeat(65),
+        ] {
             let message = check_run_id(name).unwrap_err().to_string();
             assert!(message.contains("a-z"), "{message}");
         }

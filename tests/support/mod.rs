@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use gurukul::adapters::Registry;
 use gurukul::config::rl_sinks::SinksConfig;
 use gurukul::engine::{EngineConfig, EngineHandle};
-use gurukul::http::{AppState, HttpSettings, Lifecycle, Phase, TRAIN_KIND, router};
+use gurukul::http::{
+    AppState, HttpSettings, Lifecycle, Phase, ServeSettings, TRAIN_KIND, bind, router, serve,
+};
 use gurukul::jobs::{self, Jobs, Work};
 use gurukul::model::load::{DeviceChoice, DtypeChoice};
 use gurukul::model::tokenizer::Tokenizer;
@@ -133,11 +135,12 @@ impl Server {
             prometheus: gurukul::metrics::install().expect("metrics can be recorded"),
             lifecycle: Lifecycle::new(Phase::Serving),
         };
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
+        let listener = bind("127.0.0.1:0".parse().expect("is an address")).expect("a port is free");
         let base = format!("http://{}", listener.local_addr().expect("is bound"));
         let service = router(state.clone());
         let task = tokio::spawn(async move {
-            axum::serve(listener, service).await.expect("the server runs until it is aborted");
+            let served = serve(listener, service, ServeSettings::default(), std::future::pending()).await;
+            served.expect("the server runs until it is aborted");
         });
         // The test may be the second in its process.
         let _ = rustls::crypto::ring::default_provider().install_default();

@@ -115,7 +115,7 @@ impl Client {
         let endpoint = Url::parse(endpoint.trim_end_matches('/'))
             .ok()
             .filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host())
-            .with_context(|| format!("HF_ENDPOINT: '{endpoint}' is no http or https URL"))?;
+            .with_context(|| format!("HF_ENDPOINT: '{}' is no http or https URL", web::bare(endpoint)))?;
         let authorization = token
             .map(|token| {
                 let mut value = HeaderValue::from_str(&format!("Bearer {token}"))

@@ -264,6 +264,10 @@ async fn timely<T>(part: impl Future<Output = Result<T, MultipartError>>) -> Res
     match tokio::time::timeout(BODY_TIMEOUT, part).await {
         Ok(Ok(part)) => Ok(part),
         Ok(Err(error)) => {
+            let of_body = ApiError::body_failed(&error);
+            if of_body.status() == StatusCode::REQUEST_TIMEOUT {
+                return Err(of_body);
+            }
             let message = format!("the form cannot be read: {}", error.body_text());
             Err(ApiError::new(StatusCode::BAD_REQUEST, "invalid_form", message))
         }
