@@ -4,10 +4,12 @@
 mod bench;
 mod check_config;
 mod collect;
+mod completions;
 mod episodes;
 mod eval;
 mod generate;
 mod local;
+mod man;
 mod merge;
 mod serve;
 mod smoke;
@@ -20,7 +22,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::Parser as _;
+use clap::{CommandFactory as _, Parser as _};
 
 use crate::adapters::sync_folder;
 use crate::app::CannotStart;
@@ -69,6 +71,10 @@ enum Command {
     CheckConfig,
     /// Measure, and print the figures as JSON
     Bench(bench::Args),
+    /// Print a script that completes this command line in a shell
+    Completions(completions::Args),
+    /// Print the manual page, or write a page for each sub-command into a folder
+    Man(man::Args),
 }
 
 /// Parses the command line and runs it.
@@ -85,9 +91,16 @@ pub fn main() -> ExitCode {
 }
 
 fn run(line: CommandLine) -> anyhow::Result<()> {
+    let command = line.command.unwrap_or(Command::Serve);
+    // These two describe the command line, whatever state the settings are in.
+    match &command {
+        Command::Completions(args) => return completions::run(args, CommandLine::command()),
+        Command::Man(args) => return man::run(args, CommandLine::command()),
+        _ => {}
+    }
     let settings = Settings::resolve(&line.flags).map_err(|e| e.context(CannotStart))?;
     start_logging(settings.log);
-    match line.command.unwrap_or(Command::Serve) {
+    match command {
         Command::Serve => serve::run(&settings),
         Command::Generate(args) => generate::run(&args, &settings),
         Command::Train(args) => train::run(&args, &settings),
@@ -99,6 +112,7 @@ fn run(line: CommandLine) -> anyhow::Result<()> {
         Command::Sources(args) => sources::run(&args, &settings),
         Command::CheckConfig => check_config::run(&settings),
         Command::Bench(args) => bench::run(args, settings),
+        Command::Completions(_) | Command::Man(_) => unreachable!("done before any setting was read"),
     }
 }
 
