@@ -13,7 +13,7 @@ use futures::stream::{self, Stream};
 use serde::Serialize;
 use serde_json::Value;
 use tokio::time::{Instant, Interval, MissedTickBehavior};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 
 use super::error::{ApiError, ErrorBody};
 use super::extract::path_text;
@@ -42,6 +42,16 @@ pub(super) struct ProgressEvent {
     metrics: Value,
 }
 
+/// Where the events go on. The header is read by hand, since browsers send an empty one.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Header)]
+#[expect(dead_code, reason = "the field is read by the derive alone")]
+struct LastEventId {
+    /// The last step that was seen; empty when there was none.
+    #[param(rename = "Last-Event-ID", value_type = String, required = false, pattern = "^[0-9]{0,19}$", example = "17")]
+    last_event_id: Option<String>,
+}
+
 impl ProgressEvent {
     fn new(id: &str, point: Point) -> Self {
         let total = point.metrics["total_steps"].as_f64().filter(|total| *total > 0.0);
@@ -68,10 +78,10 @@ impl ProgressEvent {
     operation_id = "job_events",
     params(
         ("job_id" = String, Path, description = "The job"),
-        ("Last-Event-ID" = Option<u64>, Header, description = "The last step that was seen"),
+        LastEventId,
     ),
     responses(
-        (status = 200, description = "The events", body = ProgressEvent, content_type = "text/event-stream"),
+        (status = 200, description = "The events; the data of `progress` is a `ProgressEvent`, that of the others a `JobStatus`", body = String, content_type = "text/event-stream"),
         (status = 400, description = "Last-Event-ID is no step", body = ErrorBody),
         (status = 404, description = "No such job", body = ErrorBody),
         (status = 503, description = "The disk refuses", body = ErrorBody),

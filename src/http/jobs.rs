@@ -159,8 +159,10 @@ impl JobLog {
 #[into_params(parameter_in = Query)]
 pub(super) struct LogQuery {
     /// Number of the first line. Default 0.
+    #[param(value_type = u64, required = false)]
     start: Option<u64>,
     /// Lines at most, 1 to 1000. Default 100.
+    #[param(value_type = i64, required = false, minimum = 1, maximum = 1000)]
     limit: Option<i64>,
 }
 
@@ -170,6 +172,7 @@ pub(super) struct LogQuery {
 #[into_params(parameter_in = Query)]
 pub(super) struct TailQuery {
     /// Lines at most, 1 to 1000. Default 50.
+    #[param(value_type = i64, required = false, minimum = 1, maximum = 1000)]
     n: Option<i64>,
 }
 
@@ -179,8 +182,10 @@ pub(super) struct TailQuery {
 #[into_params(parameter_in = Query)]
 pub(super) struct ListQuery {
     /// Jobs at most, 1 to 1000. Default 50.
+    #[param(value_type = i64, required = false, minimum = 1, maximum = 1000)]
     limit: Option<i64>,
     /// Only those that are pending, running, completed, failed or cancelled.
+    #[param(value_type = JobState, required = false)]
     status: Option<String>,
 }
 

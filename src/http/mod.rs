@@ -42,7 +42,7 @@ pub use train::TRAIN_KIND;
 
 /// Every route, and with it the OpenAPI document.
 fn table() -> OpenApiRouter<AppState> {
-    OpenApiRouter::with_openapi(openapi::Base::openapi())
+    let mut table = OpenApiRouter::with_openapi(openapi::Base::openapi())
         .routes(routes!(generate_lite::generate_lite))
         .routes(routes!(openai::completions::create))
         .routes(routes!(openai::chat::create))
@@ -79,7 +79,9 @@ fn table() -> OpenApiRouter<AppState> {
         .route("/v1/models/{owner}/{name}", get(openai::models::retrieve_of_owner))
         .route("/docs", get(openapi::docs_folder))
         .route("/docs/", get(openapi::docs))
-        .route("/docs/{*file}", get(openapi::docs_file))
+        .route("/docs/{*file}", get(openapi::docs_file));
+    openapi::add_shared_refusals(table.get_openapi_mut());
+    table
 }
 
 /// The service, ready to be served.
@@ -166,6 +168,25 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn every_operation_has_a_name_of_its_own_and_the_shared_refusals() {
+        let document = serde_json::to_value(table().into_openapi()).expect("is JSON");
+        let mut names = std::collections::BTreeSet::new();
+        for (path, item) in document["paths"].as_object().expect("has paths") {
+            for (method, operation) in item.as_object().expect("has methods") {
+                let name = operation["operationId"].as_str().expect("has a name");
+                assert!(names.insert(name.to_owned()), "{method} {path}: {name} is the name of another one too");
+                let has = |status: &str| operation["responses"][status]["description"].is_string();
+                assert_eq!(has("408"), operation["requestBody"].is_object(), "{method} {path}");
+                assert!(has("400") || !path.contains('{'), "{method} {path}");
+                assert!(operation["tags"][0] == "server" || (has("500") && has("503")), "{method} {path}");
+            }
+        }
+        // What a handler says itself is not written over.
+        let kept = &document["paths"]["/generate-lite"]["post"]["responses"]["503"]["description"];
+        assert!(kept.as_str().is_some_and(|text| text.contains("Retry-After")), "{kept}");
     }
 
     #[test]

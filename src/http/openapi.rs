@@ -6,8 +6,8 @@ use std::sync::Arc;
 use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Redirect, Response};
-use utoipa::openapi::OpenApi as Document;
-use utoipa::{IntoResponses, OpenApi};
+use utoipa::openapi::{ContentBuilder, OpenApi as Document, Ref, ResponseBuilder};
+use utoipa::{IntoResponses, OpenApi, ToSchema as _};
 
 use super::error::{ApiError, ErrorBody};
 use super::state::AppState;
@@ -30,7 +30,11 @@ use super::state::AppState;
         (name = "rl", description = "Episodes: collected, uploaded and learnt from"),
         (name = "server", description = "The server itself"),
     ),
-    components(schemas(super::generate_lite::TokenEvent, super::openai::chat_wire::ContentPart)),
+    components(schemas(
+        super::generate_lite::TokenEvent,
+        super::job_events::ProgressEvent,
+        super::openai::chat_wire::ContentPart,
+    )),
 )]
 pub(super) struct Base;
 
@@ -62,6 +66,33 @@ pub(super) enum GenerationErrors {
     /// The server is stopping or has no memory for the adapter now; Retry-After tells when to come back
     #[response(status = 503)]
     Unavailable(ErrorBody),
+}
+
+/// Adds the refusals that no handler has to name, because what all of them share can refuse: a part of the path or a
+/// body that does not arrive as it should, a failure of the server, a server that stops. What a handler says itself
+/// stays. The endpoints about the server itself read neither bodies nor the disk.
+pub(super) fn add_shared_refusals(document: &mut Document) {
+    for (path, item) in &mut document.paths.paths {
+        for operation in [&mut item.get, &mut item.post, &mut item.delete].into_iter().flatten() {
+            let is_about_server = operation.tags.iter().flatten().any(|tag| tag == "server");
+            for (applies, status, description) in [
+                (path.contains('{'), "400", "A part of the path is not UTF-8"),
+                (operation.request_body.is_some(), "408", "The body did not arrive in time"),
+                (!is_about_server, "500", "The server failed; its log has the reason"),
+                (!is_about_server, "503", "The server is stopping, or its disk refuses; try again later"),
+            ] {
+                if applies {
+                    let refusal = || error_response(description).into();
+                    operation.responses.responses.entry(status.to_owned()).or_insert_with(refusal);
+                }
+            }
+        }
+    }
+}
+
+fn error_response(description: &str) -> utoipa::openapi::Response {
+    let body = ContentBuilder::new().schema(Some(Ref::from_schema_name(ErrorBody::name()))).build();
+    ResponseBuilder::new().description(description).content("application/json", body).build()
 }
 
 /// Answers with the document, which is written out once.
