@@ -10,7 +10,8 @@
 #   --timeout       seconds that the training job may take (300)
 #   --any-language  take answers in whatever language, for a model that has not learnt Hindi, Tamil and Bengali
 #
-# GURUKUL_API_KEY, where the server wants a key, is sent as a bearer token; it needs the scopes generate, train and rl.
+# GURUKUL_API_KEY, where the server wants a key, is sent as a bearer token; it must be one with the scope
+# admin, because the adapter that was trained is deleted.
 # Prints a line a step. Exit codes: 0 all passed, 1 a step failed, 2 no server there, or wrong usage.
 set -euo pipefail
 

@@ -1,6 +1,6 @@
 //! The binary as its users meet it: exit codes, messages, precedence of settings. No model is needed here.
 
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -212,6 +212,44 @@ fn the_manual_has_a_page_for_each_sub_command() {
     let output = gurukul(dir.path()).args(["man", "--out", "configs/x"]).current_dir("/proc").output().unwrap();
     assert_eq!(output.status.code(), Some(1), "a folder that cannot be made");
     assert!(String::from_utf8_lossy(&output.stderr).contains("--out configs/x"));
+}
+
+// ---- whether a server is ready
+
+#[test]
+fn health_tells_by_its_exit_code_whether_a_server_is_ready() {
+    let dir = tempfile::tempdir().unwrap();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port().to_string();
+    // One answer to each question, in this order.
+    let answers = ["200 OK", "404 Not Found", "200 OK", "503 Service Unavailable", "404 Not Found", "404 Not Found"];
+    let server = std::thread::spawn(move || {
+        answers.map(|status| {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut head = [0; 1024];
+            let n = stream.read(&mut head).unwrap();
+            let answer = format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+            stream.write_all(answer.as_bytes()).unwrap();
+            String::from_utf8_lossy(&head[..n]).split(' ').nth(1).unwrap().to_owned()
+        })
+    });
+    let ask = |arguments: &[&str]| {
+        let output = gurukul(dir.path()).arg("health").args(arguments).output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
+    };
+    let url = format!("http://127.0.0.1:{port}");
+    assert_eq!(ask(&["--port", &port]), (Some(0), "ready\n".to_owned()));
+    assert_eq!(ask(&["--url", &url]), (Some(0), "ready\n".to_owned()));
+    let (code, said) = ask(&["--url", &url]);
+    assert!(code == Some(1) && said.contains("503") && said.contains("not ready"), "{code:?} {said}");
+    assert_eq!(ask(&["--url", &url]).0, Some(1), "is no server of ours");
+    let asked = server.join().unwrap();
+    let (ready, health) = ("/health/ready", "/health");
+    assert_eq!(asked, [ready, ready, health, ready, ready, health]);
+
+    let (code, said) = ask(&["--url", &url]);
+    assert!(code == Some(1) && said.contains(&url), "nobody is there any more: {code:?} {said}");
+    assert_eq!(ask(&["--url", "not an address"]).0, Some(2));
 }
 
 // ---- with a model

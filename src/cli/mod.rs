@@ -8,6 +8,7 @@ mod completions;
 mod episodes;
 mod eval;
 mod generate;
+mod health;
 mod local;
 mod man;
 mod merge;
@@ -61,6 +62,8 @@ enum Command {
     Episodes(episodes::Args),
     /// Write the model with an adapter's change in its weights, as a folder that transformers loads
     Merge(merge::Args),
+    /// Ask a server whether it is ready: exit code 0 or 1
+    Health(health::Args),
     /// Ask a server ten questions in ten languages and judge the answers
     Smoke(smoke::Args),
     /// Measure a model on prompts with known completions: loss, chrF, exact matches
@@ -107,6 +110,7 @@ fn run(line: CommandLine) -> anyhow::Result<()> {
         Command::Collect(args) => collect::run(&args, &settings),
         Command::Episodes(args) => episodes::run(&args, &settings),
         Command::Merge(args) => merge::run(&args, &settings),
+        Command::Health(args) => health::run(&args, &settings),
         Command::Smoke(args) => smoke::run(&args, settings),
         Command::Eval(args) => eval::run(&args, &settings),
         Command::Sources(args) => sources::run(&args, &settings),

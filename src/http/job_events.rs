@@ -23,6 +23,9 @@ use super::state::AppState;
 use crate::jobs::{Job, JobState, Point, Watch, rfc3339};
 use crate::train::Progress;
 
+/// Digits of the largest step that a client can have seen; any such number is one that a u64 holds.
+const MAX_DIGITS: usize = 18;
+
 /// Points read at once.
 const PAGE: u32 = 256;
 
@@ -48,7 +51,7 @@ pub(super) struct ProgressEvent {
 #[expect(dead_code, reason = "the field is read by the derive alone")]
 struct LastEventId {
     /// The last step that was seen; empty when there was none.
-    #[param(rename = "Last-Event-ID", value_type = String, required = false, pattern = "^[0-9]{0,19}$", example = "17")]
+    #[param(rename = "Last-Event-ID", value_type = String, required = false, pattern = "^[0-9]{0,18}$", example = "17")]
     last_event_id: Option<String>,
 }
 
@@ -107,7 +110,10 @@ pub(super) async fn events(
 /// An empty id is what a browser sends when it has seen none.
 fn last_event_id(headers: &HeaderMap) -> Result<Option<u64>, ApiError> {
     let Some(value) = headers.get("last-event-id").filter(|value| !value.is_empty()) else { return Ok(None) };
-    let step = value.to_str().ok().and_then(|text| text.trim().parse().ok());
+    let digits = value.to_str().ok().map(str::trim).filter(|text| {
+        text.len() <= MAX_DIGITS && text.bytes().all(|byte| byte.is_ascii_digit())
+    });
+    let step = digits.and_then(|text| text.parse().ok());
     step.map(Some)
         .ok_or_else(|| ApiError::invalid("Last-Event-ID", "must be a step: the id of a progress event"))
 }
@@ -191,7 +197,7 @@ mod tests {
         assert_eq!(of(None), Ok(None));
         assert_eq!(of(Some("")), Ok(None));
         assert_eq!(of(Some("17")), Ok(Some(17)));
-        for wrong in ["-1", "x", "1.5", "99999999999999999999999"] {
+        for wrong in ["-1", "+1", "x", "1.5", "9999999999999999999"] {
             assert_eq!(of(Some(wrong)), Err(400), "{wrong}");
         }
     }

@@ -159,8 +159,8 @@ impl JobLog {
 #[into_params(parameter_in = Query)]
 pub(super) struct LogQuery {
     /// Number of the first line. Default 0.
-    #[param(value_type = u64, required = false)]
-    start: Option<u64>,
+    #[param(value_type = i64, required = false, minimum = 0)]
+    start: Option<i64>,
     /// Lines at most, 1 to 1000. Default 100.
     #[param(value_type = i64, required = false, minimum = 1, maximum = 1000)]
     limit: Option<i64>,
@@ -233,7 +233,8 @@ pub(super) async fn log(
     id: Result<Path<String>, PathRejection>,
     ApiQuery(query): ApiQuery<LogQuery>,
 ) -> Result<Json<JobLog>, ApiError> {
-    let (start, limit) = (query.start.unwrap_or(0), page("limit", query.limit, 100)?);
+    let start = in_range("start", query.start.unwrap_or(0), 0..=i64::MAX)? as u64;
+    let limit = page("limit", query.limit, 100)?;
     let (job, lines) = state.jobs.log(&path_text("job_id", id)?, start, limit).await?;
     Ok(Json(JobLog::new(job, lines, start)))
 }
