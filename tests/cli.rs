@@ -176,7 +176,8 @@ fn shells_complete_the_command_line() {
     }
     // The script does in bash what it is for.
     let script = gurukul(dir.path()).args(["completions", "bash"]).output().unwrap().stdout;
-    let ask = "\nCOMP_WORDS=(gurukul che); COMP_CWORD=1; _gurukul gurukul che gurukul; echo \"${COMPREPLY[*]}\"\n";
+    let ask =
+        "\nCOMP_WORDS=(gurukul che); COMP_CWORD=1; _gurukul gurukul che gurukul; echo \"${COMPREPLY[*]}\"\n";
     if let Some(asked) = piped("bash", &[], &(String::from_utf8(script).unwrap() + ask)) {
         assert_eq!(String::from_utf8_lossy(&asked.stdout), "check-config\n");
     }
@@ -209,7 +210,8 @@ fn the_manual_has_a_page_for_each_sub_command() {
     }
     assert!(folder.join("gurukul-episodes-export.1").is_file(), "those of a sub-command's own too");
 
-    let output = gurukul(dir.path()).args(["man", "--out", "configs/x"]).current_dir("/proc").output().unwrap();
+    let output =
+        gurukul(dir.path()).args(["man", "--out", "configs/x"]).current_dir("/proc").output().unwrap();
     assert_eq!(output.status.code(), Some(1), "a folder that cannot be made");
     assert!(String::from_utf8_lossy(&output.stderr).contains("--out configs/x"));
 }
@@ -222,7 +224,8 @@ fn health_tells_by_its_exit_code_whether_a_server_is_ready() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port().to_string();
     // One answer to each question, in this order.
-    let answers = ["200 OK", "404 Not Found", "200 OK", "503 Service Unavailable", "404 Not Found", "404 Not Found"];
+    let answers =
+        ["200 OK", "404 Not Found", "200 OK", "503 Service Unavailable", "404 Not Found", "404 Not Found"];
     let server = std::thread::spawn(move || {
         answers.map(|status| {
             let (mut stream, _) = listener.accept().unwrap();

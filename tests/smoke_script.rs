@@ -71,7 +71,9 @@ fn it_goes_through_on_a_server_and_leaves_it_as_it_was() {
     assert_eq!(String::from_utf8_lossy(&output.stdout).lines().count(), steps.len(), "a line a step");
     let adapters = server.place().join("adapters");
     let left = std::fs::read_dir(adapters).map_or(0, |entries| {
-        entries.filter(|e| e.as_ref().is_ok_and(|e| !e.file_name().to_string_lossy().starts_with('.'))).count()
+        entries
+            .filter(|e| e.as_ref().is_ok_and(|e| !e.file_name().to_string_lossy().starts_with('.')))
+            .count()
     });
     assert_eq!(left, 0, "its adapter is gone");
     let log = std::fs::read_to_string(server.place().join("rl_runs/smoke.jsonl")).unwrap();
@@ -97,9 +99,12 @@ fn failures_have_their_codes() {
         assert_ended(&smoke(wrong, None), 2, &["smoke.sh: --", "usage: scripts/smoke.sh"]);
     }
 
-    let (url, asked) =
-        stub("HTTP/1.1 200 OK\r\ncontent-length: 5\r\nconnection: close\r\n\r\nhello");
-    assert_ended(&smoke(&["--url", &url], Some("a-key")), 1, &["FAIL  health: the answer is not as promised"]);
+    let (url, asked) = stub("HTTP/1.1 200 OK\r\ncontent-length: 5\r\nconnection: close\r\n\r\nhello");
+    assert_ended(
+        &smoke(&["--url", &url], Some("a-key")),
+        1,
+        &["FAIL  health: the answer is not as promised"],
+    );
     let request = asked.recv().unwrap();
     assert!(request.contains("authorization: Bearer a-key\r\n"), "{request}");
 

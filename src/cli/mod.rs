@@ -12,6 +12,7 @@ mod health;
 mod local;
 mod man;
 mod merge;
+mod plan;
 mod serve;
 mod smoke;
 mod sources;
@@ -70,6 +71,8 @@ enum Command {
     Eval(eval::Args),
     /// Look at the sources of training data: list them, peek into one, check one
     Sources(sources::Args),
+    /// Tell what a model and a training job would take of a machine's memory
+    Plan(plan::Args),
     /// Show the settings in force and what the model folder holds
     CheckConfig,
     /// Measure, and print the figures as JSON
@@ -114,6 +117,7 @@ fn run(line: CommandLine) -> anyhow::Result<()> {
         Command::Smoke(args) => smoke::run(&args, settings),
         Command::Eval(args) => eval::run(&args, &settings),
         Command::Sources(args) => sources::run(&args, &settings),
+        Command::Plan(args) => plan::run(&args, &settings),
         Command::CheckConfig => check_config::run(&settings),
         Command::Bench(args) => bench::run(args, settings),
         Command::Completions(_) | Command::Man(_) => unreachable!("done before any setting was read"),

@@ -110,9 +110,11 @@ pub(super) async fn events(
 /// An empty id is what a browser sends when it has seen none.
 fn last_event_id(headers: &HeaderMap) -> Result<Option<u64>, ApiError> {
     let Some(value) = headers.get("last-event-id").filter(|value| !value.is_empty()) else { return Ok(None) };
-    let digits = value.to_str().ok().map(str::trim).filter(|text| {
-        text.len() <= MAX_DIGITS && text.bytes().all(|byte| byte.is_ascii_digit())
-    });
+    let digits = value
+        .to_str()
+        .ok()
+        .map(str::trim)
+        .filter(|text| text.len() <= MAX_DIGITS && text.bytes().all(|byte| byte.is_ascii_digit()));
     let step = digits.and_then(|text| text.parse().ok());
     step.map(Some)
         .ok_or_else(|| ApiError::invalid("Last-Event-ID", "must be a step: the id of a progress event"))

@@ -177,7 +177,10 @@ mod tests {
         for (path, item) in document["paths"].as_object().expect("has paths") {
             for (method, operation) in item.as_object().expect("has methods") {
                 let name = operation["operationId"].as_str().expect("has a name");
-                assert!(names.insert(name.to_owned()), "{method} {path}: {name} is the name of another one too");
+                assert!(
+                    names.insert(name.to_owned()),
+                    "{method} {path}: {name} is the name of another one too"
+                );
                 let has = |status: &str| operation["responses"][status]["description"].is_string();
                 assert_eq!(has("408"), operation["requestBody"].is_object(), "{method} {path}");
                 assert!(has("400") || !path.contains('{'), "{method} {path}");
