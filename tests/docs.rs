@@ -4,15 +4,15 @@
 //! `docs/TUTORIAL.md` has a test of its own, which looks at what its commands say.
 #![cfg(unix)]
 
-#[path = "support/served.rs"]
-mod served;
+#[path = "support/tools.rs"]
+mod tools;
 
 use std::fmt::Write as _;
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::Command;
 
-use served::{has_tools, root};
+use tools::{has_tools, root};
 
 /// Seconds that the commands of a page may take together.
 const PAGE_S: u32 = 240;
@@ -247,7 +247,10 @@ fn blocks_and_their_marks_are_found() {
     assert!(std::panic::catch_unwind(|| blocks("```sh later\nx\n```\n")).is_err());
 
     let script = script("```sh\ncargo run --release\n```\n```sh\ncurl localhost:8110/x/JOB_ID\n```\n", "", 7);
-    assert!(!script.contains("cargo run") && script.contains("curl localhost:7/x/$(newest adapter/jobs"), "{script}");
+    assert!(
+        !script.contains("cargo run") && script.contains("curl localhost:7/x/$(newest adapter/jobs"),
+        "{script}"
+    );
 }
 
 #[test]

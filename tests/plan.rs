@@ -6,8 +6,15 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
-const MODELS: [&str; 7] =
-    ["SmolLM2-135M", "Qwen2.5-0.5B", "bloomz-560m", "Qwen3-0.6B", "Llama-3.2-1B", "Qwen2.5-1.5B", "Qwen2.5-3B"];
+const MODELS: [&str; 7] = [
+    "SmolLM2-135M",
+    "Qwen2.5-0.5B",
+    "bloomz-560m",
+    "Qwen3-0.6B",
+    "Llama-3.2-1B",
+    "Qwen2.5-1.5B",
+    "Qwen2.5-3B",
+];
 
 /// Rank, longest sequence and batch of the table's columns.
 const JOBS: [(u32, u32, u32); 4] = [(8, 256, 8), (16, 512, 8), (16, 1024, 4), (64, 512, 8)];
@@ -51,7 +58,8 @@ fn table() -> String {
             let mut weights = 0;
             for (r, seq, b) in JOBS {
                 let settings = [("r", r), ("max_seq_length", seq), ("batch_size", b)];
-                let settings: Vec<String> = settings.iter().map(|(key, value)| format!("{key}={value}")).collect();
+                let settings: Vec<String> =
+                    settings.iter().map(|(key, value)| format!("{key}={value}")).collect();
                 let mut arguments = vec!["--device", "cuda", "--memory", "80GiB", "--quantize", quantize];
                 arguments.extend(["--set", "checkpointing=recompute"]);
                 arguments.extend(settings.iter().flat_map(|setting| ["--set", setting.as_str()]));
@@ -85,7 +93,10 @@ fn it_plans_for_cards_and_processors_that_are_not_there() {
 
     // Activations are as wide again on a processor, and kernels have scratch memory on each thread.
     let cpu = |threads| {
-        planned("Qwen2.5-0.5B", &["--device", "cpu", "--memory", "6GiB", "--set", "r=16", "--threads", threads])
+        planned(
+            "Qwen2.5-0.5B",
+            &["--device", "cpu", "--memory", "6GiB", "--set", "r=16", "--threads", threads],
+        )
     };
     assert_eq!(cpu("2")["plan"]["tokens_per_pass"], 256);
     let job = |report: &Value| report["training_bytes"].as_u64().unwrap();

@@ -4,12 +4,15 @@
 
 #[path = "support/served.rs"]
 mod served;
+#[path = "support/tools.rs"]
+mod tools;
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
 use std::process::{Command, Output};
 
-use served::{Served, has_tools, root};
+use served::Served;
+use tools::{has_tools, root};
 
 fn smoke(arguments: &[&str], key: Option<&str>) -> Output {
     let mut command = Command::new("bash");

@@ -104,7 +104,8 @@ impl Spec {
         let vocabulary = bytes(self.vocab_size, self.hidden_size, Some(Role::Vocabulary));
         let tables = 1 + u64::from(self.names.head.is_some());
         let positions = self.names.positions.map_or(0, |_| bytes(self.max_positions, self.hidden_size, None));
-        let layers = self.sites().iter().map(|s| bytes(s.out_features, s.in_features, Some(Role::Layer)));
+        let layers =
+            self.sites().into_iter().map(|s| bytes(s.out_features, s.in_features, Some(Role::Layer)));
         tables * vocabulary + positions + layers.sum::<u64>()
     }
 }

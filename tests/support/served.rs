@@ -2,8 +2,10 @@
 //! data folder and a port of its own, the demo model. It must not know what any test asks it.
 
 use std::io::{BufRead as _, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+
+use super::tools::root;
 
 /// A running server, killed when the test ends.
 pub(crate) struct Served {
@@ -18,11 +20,6 @@ impl Drop for Served {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-}
-
-/// The repository.
-pub(crate) fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
 impl Served {
@@ -58,17 +55,4 @@ impl Served {
     pub(crate) fn place(&self) -> PathBuf {
         self.place.path().to_owned()
     }
-}
-
-/// Whether all of these tools are on this machine. Where the tests of other languages' clients run, they must be.
-#[expect(clippy::print_stderr, reason = "a test that skips says so")]
-pub(crate) fn has_tools(tools: &[&str]) -> bool {
-    tools.iter().all(|tool| {
-        let found = Command::new(tool).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
-        if found.is_err() {
-            assert!(std::env::var_os("GURUKUL_TEST_PYTHON").is_none(), "{tool} must be there in CI");
-            eprintln!("skipped: {tool} is not installed");
-        }
-        found.is_ok()
-    })
 }
