@@ -194,7 +194,8 @@ fn the_manual_has_a_page_for_each_sub_command() {
     let output = gurukul(dir.path()).args(["man", "--out", "share/man1"]).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let folder = dir.path().join("share/man1");
-    assert_eq!(std::fs::read_to_string(folder.join("gurukul.1")).unwrap(), main);
+    let written = std::fs::read_to_string(folder.join("gurukul.1")).unwrap();
+    assert!(written.contains(".TH gurukul 1") && written.contains("gurukul\\-episodes(1)"), "{written}");
     let help = String::from_utf8(gurukul(dir.path()).arg("--help").output().unwrap().stdout).unwrap();
     let (_, commands) = help.split_once("Commands:\n").unwrap();
     let commands = commands.lines().take_while(|line| !line.is_empty());
