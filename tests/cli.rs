@@ -1,7 +1,8 @@
 //! The binary as its users meet it: exit codes, messages, precedence of settings. No model is needed here.
 
+use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 /// The binary in an empty folder, with nothing of this process's environment that it would read.
 fn gurukul(folder: &Path) -> Command {
@@ -143,6 +144,116 @@ fn help_names_every_setting() {
             assert!(stdout.contains(&flag), "{arguments:?} does not name {flag}");
         }
     }
+}
+
+// ---- what follows from the description of the command line
+
+/// The output of a tool of this machine that reads `input`, or `None` where the machine does not have it.
+fn piped(tool: &str, arguments: &[&str], input: &str) -> Option<Output> {
+    let mut command = Command::new(tool);
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().ok()?;
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    Some(child.wait_with_output().unwrap())
+}
+
+#[test]
+fn shells_complete_the_command_line() {
+    let dir = tempfile::tempdir().unwrap();
+    // Settings that cannot be used are no hindrance.
+    std::fs::create_dir(dir.path().join("configs")).unwrap();
+    std::fs::write(dir.path().join("configs/server.yaml"), "prot: 3\n").unwrap();
+    for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
+        let output = gurukul(dir.path()).args(["completions", shell]).output().unwrap();
+        assert!(output.status.success(), "{shell}: {}", String::from_utf8_lossy(&output.stderr));
+        let script = String::from_utf8(output.stdout).unwrap();
+        for word in ["check-config", "adapter-cache", "min-pass"] {
+            assert!(script.contains(word), "{shell}: no {word}");
+        }
+        if let Some(checked) = piped(shell, &["-n"], &script).filter(|_| shell != "powershell") {
+            assert!(checked.status.success(), "{shell}: {}", String::from_utf8_lossy(&checked.stderr));
+        }
+    }
+    // The script does in bash what it is for.
+    let script = gurukul(dir.path()).args(["completions", "bash"]).output().unwrap().stdout;
+    let ask =
+        "\nCOMP_WORDS=(gurukul che); COMP_CWORD=1; _gurukul gurukul che gurukul; echo \"${COMPREPLY[*]}\"\n";
+    if let Some(asked) = piped("bash", &[], &(String::from_utf8(script).unwrap() + ask)) {
+        assert_eq!(String::from_utf8_lossy(&asked.stdout), "check-config\n");
+    }
+    assert_refused(&gurukul(dir.path()).args(["completions", "csh"]).output().unwrap(), &["csh", "bash"]);
+}
+
+#[test]
+fn the_manual_has_a_page_for_each_sub_command() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = gurukul(dir.path()).arg("man").output().unwrap();
+    let main = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && main.contains(".TH gurukul 1"), "{main}");
+
+    let output = gurukul(dir.path()).args(["man", "--out", "share/man1"]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let folder = dir.path().join("share/man1");
+    let written = std::fs::read_to_string(folder.join("gurukul.1")).unwrap();
+    assert!(written.contains(".TH gurukul 1") && written.contains("gurukul\\-episodes(1)"), "{written}");
+    let help = String::from_utf8(gurukul(dir.path()).arg("--help").output().unwrap().stdout).unwrap();
+    let (_, commands) = help.split_once("Commands:\n").unwrap();
+    let commands = commands.lines().take_while(|line| !line.is_empty());
+    let names: Vec<&str> = commands.filter_map(|line| line.split_whitespace().next()).collect();
+    assert!(names.len() >= 13, "{names:?}");
+    for name in names.into_iter().filter(|name| *name != "help") {
+        let page = std::fs::read_to_string(folder.join(format!("gurukul-{name}.1"))).unwrap();
+        assert!(page.contains(".SH NAME") && page.contains(".SH OPTIONS"), "{name}: {page}");
+        if let Some(checked) = piped("groff", &["-man", "-Kutf8", "-Tutf8", "-ww", "-z"], &page) {
+            let said = String::from_utf8_lossy(&checked.stderr);
+            assert!(checked.status.success() && said.is_empty(), "{name}: {said}");
+        }
+    }
+    assert!(folder.join("gurukul-episodes-export.1").is_file(), "those of a sub-command's own too");
+
+    let output =
+        gurukul(dir.path()).args(["man", "--out", "configs/x"]).current_dir("/proc").output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "a folder that cannot be made");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("--out configs/x"));
+}
+
+// ---- whether a server is ready
+
+#[test]
+fn health_tells_by_its_exit_code_whether_a_server_is_ready() {
+    let dir = tempfile::tempdir().unwrap();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port().to_string();
+    // One answer to each question, in this order.
+    let answers =
+        ["200 OK", "404 Not Found", "200 OK", "503 Service Unavailable", "404 Not Found", "404 Not Found"];
+    let server = std::thread::spawn(move || {
+        answers.map(|status| {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut head = [0; 1024];
+            let n = stream.read(&mut head).unwrap();
+            let answer = format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+            stream.write_all(answer.as_bytes()).unwrap();
+            String::from_utf8_lossy(&head[..n]).split(' ').nth(1).unwrap().to_owned()
+        })
+    });
+    let ask = |arguments: &[&str]| {
+        let output = gurukul(dir.path()).arg("health").args(arguments).output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
+    };
+    let url = format!("http://127.0.0.1:{port}");
+    assert_eq!(ask(&["--port", &port]), (Some(0), "ready\n".to_owned()));
+    assert_eq!(ask(&["--url", &url]), (Some(0), "ready\n".to_owned()));
+    let (code, said) = ask(&["--url", &url]);
+    assert!(code == Some(1) && said.contains("503") && said.contains("not ready"), "{code:?} {said}");
+    assert_eq!(ask(&["--url", &url]).0, Some(1), "is no server of ours");
+    let asked = server.join().unwrap();
+    let (ready, health) = ("/health/ready", "/health");
+    assert_eq!(asked, [ready, ready, health, ready, ready, health]);
+
+    let (code, said) = ask(&["--url", &url]);
+    assert!(code == Some(1) && said.contains(&url), "nobody is there any more: {code:?} {said}");
+    assert_eq!(ask(&["--url", "not an address"]).0, Some(2));
 }
 
 // ---- with a model

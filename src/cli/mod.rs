@@ -4,12 +4,16 @@
 mod bench;
 mod check_config;
 mod collect;
+mod completions;
 mod episodes;
 mod eval;
 mod generate;
+mod health;
 mod local;
 mod logging;
+mod man;
 mod merge;
+mod plan;
 mod serve;
 mod smoke;
 mod sources;
@@ -21,7 +25,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::Parser as _;
+use clap::{CommandFactory as _, Parser as _};
 
 use crate::adapters::sync_folder;
 use crate::app::CannotStart;
@@ -60,16 +64,24 @@ enum Command {
     Episodes(episodes::Args),
     /// Write the model with an adapter's change in its weights, as a folder that transformers loads
     Merge(merge::Args),
+    /// Ask a server whether it is ready: exit code 0 or 1
+    Health(health::Args),
     /// Ask a server ten questions in ten languages and judge the answers
     Smoke(smoke::Args),
     /// Measure a model on prompts with known completions: loss, chrF, exact matches
     Eval(eval::Args),
     /// Look at the sources of training data: list them, peek into one, check one
     Sources(sources::Args),
+    /// Tell what a model and a training job would take of a machine's memory
+    Plan(plan::Args),
     /// Show the settings in force and what the model folder holds
     CheckConfig,
     /// Measure, and print the figures as JSON
     Bench(bench::Args),
+    /// Print a script that completes this command line in a shell
+    Completions(completions::Args),
+    /// Print the manual page, or write a page for each sub-command into a folder
+    Man(man::Args),
 }
 
 /// Parses the command line and runs it.
@@ -86,21 +98,31 @@ pub fn main() -> ExitCode {
 }
 
 fn run(line: CommandLine) -> anyhow::Result<()> {
+    let command = line.command.unwrap_or(Command::Serve);
+    // These two describe the command line, whatever state the settings are in.
+    match &command {
+        Command::Completions(args) => return completions::run(args, CommandLine::command()),
+        Command::Man(args) => return man::run(args, CommandLine::command()),
+        _ => {}
+    }
     let settings = Settings::resolve(&line.flags).map_err(|e| e.context(CannotStart))?;
     // Flushed when it is dropped, after all work.
     let _logging = logging::start(settings.log)?;
-    match line.command.unwrap_or(Command::Serve) {
+    match command {
         Command::Serve => serve::run(&settings),
         Command::Generate(args) => generate::run(&args, &settings),
         Command::Train(args) => train::run(&args, &settings),
         Command::Collect(args) => collect::run(&args, &settings),
         Command::Episodes(args) => episodes::run(&args, &settings),
         Command::Merge(args) => merge::run(&args, &settings),
+        Command::Health(args) => health::run(&args, &settings),
         Command::Smoke(args) => smoke::run(&args, settings),
         Command::Eval(args) => eval::run(&args, &settings),
         Command::Sources(args) => sources::run(&args, &settings),
+        Command::Plan(args) => plan::run(&args, &settings),
         Command::CheckConfig => check_config::run(&settings),
         Command::Bench(args) => bench::run(args, settings),
+        Command::Completions(_) | Command::Man(_) => unreachable!("done before any setting was read"),
     }
 }
 

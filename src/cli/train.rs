@@ -137,20 +137,26 @@ impl Args {
 
     /// `--set` and `--max-samples`, values as in the settings file.
     fn overrides(&self) -> anyhow::Result<Map<String, Value>> {
-        let mut overrides = Map::new();
-        for setting in &self.set {
-            let (key, value) = setting
-                .split_once('=')
-                .filter(|(key, _)| !key.is_empty())
-                .with_context(|| format!("--set {setting}: write --set key=value"))?;
-            let value: Value = serde_yaml::from_str(value).with_context(|| format!("--set {setting}"))?;
-            overrides.insert(key.to_owned(), value);
-        }
+        let mut overrides = given(&self.set)?;
         if let Some(samples) = self.max_samples {
             overrides.insert("max_samples".into(), samples.into());
         }
         Ok(overrides)
     }
+}
+
+/// What `--set key=value` says, each time that it stands there.
+pub(super) fn given(set: &[String]) -> anyhow::Result<Map<String, Value>> {
+    let mut overrides = Map::new();
+    for setting in set {
+        let (key, value) = setting
+            .split_once('=')
+            .filter(|(key, _)| !key.is_empty())
+            .with_context(|| format!("--set {setting}: write --set key=value"))?;
+        let value: Value = serde_yaml::from_str(value).with_context(|| format!("--set {setting}"))?;
+        overrides.insert(key.to_owned(), value);
+    }
+    Ok(overrides)
 }
 
 /// Folder and name of a file that a command line may name anywhere; without it the configs folder.

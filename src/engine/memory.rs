@@ -52,8 +52,7 @@ pub(super) fn plan_pages(config: &EngineConfig, model: &Decoder) -> Result<usize
             bytes / page_bytes
         }
         None => {
-            let tokens = config.max_batch * context.min(DEFAULT_TOKENS_PER_SLOT);
-            let wanted = tokens.div_ceil(PAGE_TOKENS) as u64;
+            let wanted = default_pages(config.max_batch, context);
             free.map_or(wanted, |free| wanted.min(free / 3 / page_bytes))
         }
     };
@@ -69,6 +68,12 @@ pub(super) fn plan_pages(config: &EngineConfig, model: &Decoder) -> Result<usize
     }
     // More than every slot's full context is never used.
     Ok(pages.min((config.max_batch * context.div_ceil(PAGE_TOKENS)) as u64) as usize)
+}
+
+/// Pages that `--kv-cache auto` takes where there is room for them.
+pub(super) fn default_pages(max_batch: usize, context: usize) -> u64 {
+    let tokens = max_batch * context.min(DEFAULT_TOKENS_PER_SLOT);
+    tokens.div_ceil(PAGE_TOKENS) as u64
 }
 
 /// Bytes free on the device; `None` where the system does not say.

@@ -6,6 +6,7 @@ mod adapters;
 mod answer;
 pub mod command;
 pub mod detokenize;
+pub mod forecast;
 mod memory;
 mod run;
 pub mod sampler;

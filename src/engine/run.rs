@@ -316,12 +316,10 @@ impl Engine {
         let kernels = on.is_cpu();
         // The cache and what other trainers were promised may not have been touched yet.
         let promised = self.trainers.planned_bytes() + if kernels { self.cache_bytes } else { 0 };
-        let about = Circumstances {
-            resident_bytes: self.model.weight_bytes() + self.cache_bytes,
-            free_bytes: free_bytes(on).map(|free| free.saturating_sub(promised)),
-            activation_bytes: self.model.activations().size_in_bytes() as u64,
-            kernel_threads: kernels.then(|| std::thread::available_parallelism().map_or(1, |n| n.get())),
-        };
+        let threads = kernels.then(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+        let resident_bytes = self.model.weight_bytes() + self.cache_bytes;
+        let free = free_bytes(on).map(|free| free.saturating_sub(promised));
+        let about = Circumstances::of(threads, self.model.weights_dtype(), resident_bytes, free);
         plan(self.model.spec(), self.model.sites(), spec, about)
     }
 

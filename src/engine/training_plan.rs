@@ -1,6 +1,8 @@
 //! How much memory training takes, computed before any of it is taken, and the choices that make it fit. Pure
 //! arithmetic over shapes.
 
+use candle_core::DType;
+
 use super::EngineError;
 use super::training::{Checkpointing, TrainerSpec, TrainingPlan};
 use crate::model::spec::{Mlp, Spec};
@@ -62,6 +64,25 @@ impl PerToken {
         // The way back through attention: the gradients by what was mixed and by q, k, v, twice where they turn.
         let by_attention = 3 * q + 4 * kv + 5 * hidden;
         Self { hidden, kept, working: mlp.max(by_attention) }
+    }
+}
+
+impl Circumstances {
+    /// On a CPU with our kernels and so many threads, where activations are f32; on another device in the type of the
+    /// weights.
+    pub(super) fn of(
+        kernel_threads: Option<usize>,
+        dense: DType,
+        resident_bytes: u64,
+        free: Option<u64>,
+    ) -> Self {
+        let activations = if kernel_threads.is_some() { DType::F32 } else { dense };
+        Self {
+            resident_bytes,
+            free_bytes: free,
+            activation_bytes: activations.size_in_bytes() as u64,
+            kernel_threads,
+        }
     }
 }
 

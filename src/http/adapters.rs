@@ -32,6 +32,7 @@ pub(super) struct Deleted {
     get,
     path = "/adapter/list",
     tag = "adapters",
+    operation_id = "list_adapters",
     responses((status = 200, description = "The adapters", body = AdapterList)),
 )]
 pub(super) async fn list(State(state): State<AppState>) -> Result<Json<AdapterList>, ApiError> {
@@ -43,6 +44,7 @@ pub(super) async fn list(State(state): State<AppState>) -> Result<Json<AdapterLi
     get,
     path = "/adapter/{name}",
     tag = "adapters",
+    operation_id = "get_adapter",
     params(("name" = String, Path, description = "Name of the adapter", example = "hindi-v1")),
     responses(
         (status = 200, description = "The adapter", body = AdapterInfo),
@@ -65,6 +67,7 @@ pub(super) async fn get(
     delete,
     path = "/adapter/{name}",
     tag = "adapters",
+    operation_id = "delete_adapter",
     params(("name" = String, Path, description = "Name of the adapter", example = "hindi-v1")),
     responses(
         (status = 200, description = "It is gone", body = Deleted),

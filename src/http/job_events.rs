@@ -13,7 +13,7 @@ use futures::stream::{self, Stream};
 use serde::Serialize;
 use serde_json::Value;
 use tokio::time::{Instant, Interval, MissedTickBehavior};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 
 use super::error::{ApiError, ErrorBody};
 use super::extract::path_text;
@@ -22,6 +22,9 @@ use super::sse;
 use super::state::AppState;
 use crate::jobs::{Job, JobState, Point, Watch, rfc3339};
 use crate::train::Progress;
+
+/// Digits of the largest step that a client can have seen; any such number is one that a u64 holds.
+const MAX_DIGITS: usize = 18;
 
 /// Points read at once.
 const PAGE: u32 = 256;
@@ -40,6 +43,16 @@ pub(super) struct ProgressEvent {
     /// The figures of this step.
     #[schema(value_type = Progress)]
     metrics: Value,
+}
+
+/// Where the events go on. The header is read by hand, since browsers send an empty one.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Header)]
+#[expect(dead_code, reason = "the field is read by the derive alone")]
+struct LastEventId {
+    /// The last step that was seen; empty when there was none.
+    #[param(rename = "Last-Event-ID", value_type = String, required = false, pattern = "^[0-9]{0,18}$", example = "17")]
+    last_event_id: Option<String>,
 }
 
 impl ProgressEvent {
@@ -68,10 +81,10 @@ impl ProgressEvent {
     operation_id = "job_events",
     params(
         ("job_id" = String, Path, description = "The job"),
-        ("Last-Event-ID" = Option<u64>, Header, description = "The last step that was seen"),
+        LastEventId,
     ),
     responses(
-        (status = 200, description = "The events", body = ProgressEvent, content_type = "text/event-stream"),
+        (status = 200, description = "The events; the data of `progress` is a `ProgressEvent`, that of the others a `JobStatus`", body = String, content_type = "text/event-stream"),
         (status = 400, description = "Last-Event-ID is no step", body = ErrorBody),
         (status = 404, description = "No such job", body = ErrorBody),
         (status = 503, description = "The disk refuses", body = ErrorBody),
@@ -97,7 +110,12 @@ pub(super) async fn events(
 /// An empty id is what a browser sends when it has seen none.
 fn last_event_id(headers: &HeaderMap) -> Result<Option<u64>, ApiError> {
     let Some(value) = headers.get("last-event-id").filter(|value| !value.is_empty()) else { return Ok(None) };
-    let step = value.to_str().ok().and_then(|text| text.trim().parse().ok());
+    let digits = value
+        .to_str()
+        .ok()
+        .map(str::trim)
+        .filter(|text| text.len() <= MAX_DIGITS && text.bytes().all(|byte| byte.is_ascii_digit()));
+    let step = digits.and_then(|text| text.parse().ok());
     step.map(Some)
         .ok_or_else(|| ApiError::invalid("Last-Event-ID", "must be a step: the id of a progress event"))
 }
@@ -181,7 +199,7 @@ mod tests {
         assert_eq!(of(None), Ok(None));
         assert_eq!(of(Some("")), Ok(None));
         assert_eq!(of(Some("17")), Ok(Some(17)));
-        for wrong in ["-1", "x", "1.5", "99999999999999999999999"] {
+        for wrong in ["-1", "+1", "x", "1.5", "9999999999999999999"] {
             assert_eq!(of(Some(wrong)), Err(400), "{wrong}");
         }
     }

@@ -159,8 +159,10 @@ impl JobLog {
 #[into_params(parameter_in = Query)]
 pub(super) struct LogQuery {
     /// Number of the first line. Default 0.
-    start: Option<u64>,
+    #[param(value_type = i64, required = false, minimum = 0)]
+    start: Option<i64>,
     /// Lines at most, 1 to 1000. Default 100.
+    #[param(value_type = i64, required = false, minimum = 1, maximum = 1000)]
     limit: Option<i64>,
 }
 
@@ -170,6 +172,7 @@ pub(super) struct LogQuery {
 #[into_params(parameter_in = Query)]
 pub(super) struct TailQuery {
     /// Lines at most, 1 to 1000. Default 50.
+    #[param(value_type = i64, required = false, minimum = 1, maximum = 1000)]
     n: Option<i64>,
 }
 
@@ -179,8 +182,10 @@ pub(super) struct TailQuery {
 #[into_params(parameter_in = Query)]
 pub(super) struct ListQuery {
     /// Jobs at most, 1 to 1000. Default 50.
+    #[param(value_type = i64, required = false, minimum = 1, maximum = 1000)]
     limit: Option<i64>,
     /// Only those that are pending, running, completed, failed or cancelled.
+    #[param(value_type = JobState, required = false)]
     status: Option<String>,
 }
 
@@ -228,7 +233,8 @@ pub(super) async fn log(
     id: Result<Path<String>, PathRejection>,
     ApiQuery(query): ApiQuery<LogQuery>,
 ) -> Result<Json<JobLog>, ApiError> {
-    let (start, limit) = (query.start.unwrap_or(0), page("limit", query.limit, 100)?);
+    let start = in_range("start", query.start.unwrap_or(0), 0..=i64::MAX)? as u64;
+    let limit = page("limit", query.limit, 100)?;
     let (job, lines) = state.jobs.log(&path_text("job_id", id)?, start, limit).await?;
     Ok(Json(JobLog::new(job, lines, start)))
 }

@@ -19,6 +19,7 @@ use crate::metrics::{self, Build, EngineSnapshot, MemoryPart, RunningJob};
     get,
     path = "/metrics",
     tag = "server",
+    operation_id = "metrics",
     responses((status = 200, description = "Metrics", body = String, content_type = "text/plain")),
 )]
 pub(super) async fn render(State(state): State<AppState>) -> impl IntoResponse {

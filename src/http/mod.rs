@@ -306,6 +306,28 @@ mod tests {
     }
 
     #[test]
+    fn every_operation_has_a_name_of_its_own_and_the_shared_refusals() {
+        let document = serde_json::to_value(parts().1).expect("is JSON");
+        let mut names = std::collections::BTreeSet::new();
+        for (path, item) in document["paths"].as_object().expect("has paths") {
+            for (method, operation) in item.as_object().expect("has methods") {
+                let name = operation["operationId"].as_str().expect("has a name");
+                assert!(
+                    names.insert(name.to_owned()),
+                    "{method} {path}: {name} is the name of another one too"
+                );
+                let has = |status: &str| operation["responses"][status]["description"].is_string();
+                assert_eq!(has("408"), operation["requestBody"].is_object(), "{method} {path}");
+                assert!(has("400") || !path.contains('{'), "{method} {path}");
+                assert!(operation["tags"][0] == "server" || (has("500") && has("503")), "{method} {path}");
+            }
+        }
+        // What a handler says itself is not written over.
+        let kept = &document["paths"]["/generate-lite"]["post"]["responses"]["503"]["description"];
+        assert!(kept.as_str().is_some_and(|text| text.contains("Retry-After")), "{kept}");
+    }
+
+    #[test]
     fn the_document_is_as_it_was() {
         let mut document = serde_json::to_value(parts().1).expect("is JSON");
         // A release is no change of the interface.

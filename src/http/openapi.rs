@@ -10,7 +10,7 @@ use utoipa::openapi::security::{
     ApiKey, ApiKeyValue, Http, HttpAuthScheme, SecurityRequirement, SecurityScheme,
 };
 use utoipa::openapi::{self, Content, OpenApi as Document, Ref, RefOr, ResponseBuilder};
-use utoipa::{IntoResponses, OpenApi};
+use utoipa::{IntoResponses, OpenApi, ToSchema as _};
 
 use super::Need;
 use super::error::{ApiError, ErrorBody};
@@ -35,7 +35,11 @@ use crate::config::keys::Scope;
         (name = "rl", description = "Episodes: collected, uploaded and learnt from"),
         (name = "server", description = "The server itself"),
     ),
-    components(schemas(super::generate_lite::TokenEvent, super::openai::chat_wire::ContentPart)),
+    components(schemas(
+        super::generate_lite::TokenEvent,
+        super::job_events::ProgressEvent,
+        super::openai::chat_wire::ContentPart,
+    )),
 )]
 pub(super) struct Base;
 
@@ -72,8 +76,10 @@ pub(super) enum GenerationErrors {
 /// Names of the security schemes in the document.
 const SCHEMES: [&str; 2] = ["bearer", "api_key"];
 
-/// Adds to every operation what is true of all that need as much: how to identify, and what can be refused before a
-/// handler is asked.
+/// Adds to every operation what no handler has to name: how to identify, and what can be refused by what all of them
+/// share: a part of the path or a body that does not arrive as it should, a key that does not suffice, a failure of the
+/// server, a server that stops. What a handler says itself stays. The endpoints about the server itself read neither
+/// bodies nor the disk.
 pub(super) fn complete(document: &mut Document, need_of: fn(&Method, &str) -> Option<Need>) {
     let components = document.components.get_or_insert_default();
     let mut bearer = Http::new(HttpAuthScheme::Bearer);
@@ -92,9 +98,19 @@ pub(super) fn complete(document: &mut Document, need_of: fn(&Method, &str) -> Op
         ];
         for (method, operation) in operations {
             let Some(operation) = operation else { continue };
+            let is_about_server = operation.tags.iter().flatten().any(|tag| tag == "server");
             let mut refusals = Vec::new();
+            if path.contains('{') {
+                refusals.push(("400", "A part of the path is not UTF-8"));
+            }
             if operation.request_body.is_some() {
                 refusals.push(("408", "The body came too slowly"));
+            }
+            if !is_about_server {
+                refusals.extend([
+                    ("500", "The server failed; its log has the reason"),
+                    ("503", "The server is stopping, or its disk refuses; try again later"),
+                ]);
             }
             // What is not in the table needs the administrator's key, as everywhere.
             if let Need::Key(scope) = need_of(&method, path).unwrap_or(Need::Key(Scope::Admin)) {
@@ -118,7 +134,7 @@ pub(super) fn complete(document: &mut Document, need_of: fn(&Method, &str) -> Op
 
 /// An error in the envelope.
 fn refusal(why: &str) -> openapi::Response {
-    let body = Ref::from_schema_name("ErrorBody");
+    let body = Ref::from_schema_name(ErrorBody::name());
     let content = Content::new(Some(RefOr::Ref(body)));
     ResponseBuilder::new().description(why).content("application/json", content).build()
 }

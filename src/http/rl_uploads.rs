@@ -100,10 +100,13 @@ impl From<PromiseCounts> for UploadCounts {
 #[into_params(parameter_in = Query)]
 pub(super) struct UploadQuery {
     /// Only those that are pending, done or failed.
+    #[param(value_type = PromiseState, required = false)]
     state: Option<String>,
     /// Only those promised before the upload of this id.
+    #[param(value_type = String, required = false)]
     before: Option<String>,
     /// Uploads at most, 1 to 1000. Default 50.
+    #[param(value_type = i64, required = false, minimum = 1, maximum = 1000)]
     limit: Option<i64>,
 }
 

@@ -16,6 +16,7 @@ use crate::config::connectors::{self, Connectors};
 #[serde(deny_unknown_fields)]
 pub(super) struct SourcesQuery {
     /// File inside the configs folder that describes the sources. Default `mcp_connectors.yml`.
+    #[param(value_type = String, required = false, min_length = 1)]
     mcp_config_path: Option<String>,
 }
 
@@ -51,6 +52,7 @@ pub(super) struct SourceInfo {
     get,
     path = "/sources",
     tag = "training",
+    operation_id = "list_sources",
     params(SourcesQuery),
     responses(
         (status = 200, description = "The sources", body = SourceList),

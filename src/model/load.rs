@@ -154,7 +154,10 @@ pub fn load(
 }
 
 /// What a folder's `config.json` describes, whether or not there are weights.
-pub(crate) fn read_spec(dir: &Path) -> Result<Spec> {
+///
+/// # Errors
+/// A file that is missing or damaged, a family or setting that is not supported.
+pub fn read_spec(dir: &Path) -> Result<Spec> {
     families::spec(&read_config(dir)?)
 }
 

@@ -1,8 +1,12 @@
 //! What a family says about itself: the parts that the shared decoder uses, and the names of its tensors. Holds
 //! no machinery.
 
+use candle_core::DType;
+
 use crate::model::config::RopeSpec;
 use crate::nn::Activation;
+use crate::nn::lora::Site;
+use crate::nn::quant::{Quantization, Role};
 
 /// A model of the shared decoder.
 #[derive(Debug, Clone)]
@@ -52,22 +56,57 @@ pub struct Spec {
 }
 
 impl Spec {
-    /// Names of the linear layers that adapters can change, in the order of [`super::decoder::Decoder::sites`].
-    pub fn site_names(&self) -> Vec<String> {
-        let layer = &self.layer;
+    /// The linear layers that adapters can change, in the order of [`super::decoder::Decoder::sites`], with the shapes
+    /// that the checkpoint must have.
+    pub fn sites(&self) -> Vec<Site> {
+        let (layer, hidden) = (&self.layer, self.hidden_size);
+        let (q_out, kv_out) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        // Name, inputs, outputs.
         let mut parts = match layer.qkv {
-            Qkv::Separate(q, k, v) => vec![q, k, v],
-            Qkv::Fused(name) | Qkv::InterleavedByHead(name) => vec![name],
+            Qkv::Separate(q, k, v) => vec![(q, hidden, q_out), (k, hidden, kv_out), (v, hidden, kv_out)],
+            Qkv::Fused(name) => vec![(name, hidden, q_out + 2 * kv_out)],
+            Qkv::InterleavedByHead(name) => vec![(name, hidden, 3 * q_out)],
         };
-        parts.push(layer.attention_out);
+        parts.push((layer.attention_out, q_out, hidden));
         match layer.mlp {
-            Mlp::Gated { gate, up, down, .. } => parts.extend([gate, up, down]),
-            Mlp::FusedGated { gate_up, down, .. } => parts.extend([gate_up, down]),
-            Mlp::Plain { up, down, .. } => parts.extend([up, down]),
+            Mlp::Gated { gate, up, down, width } => {
+                parts.extend([(gate, hidden, width), (up, hidden, width), (down, width, hidden)]);
+            }
+            Mlp::FusedGated { gate_up, down, width } => {
+                parts.extend([(gate_up, hidden, 2 * width), (down, width, hidden)]);
+            }
+            Mlp::Plain { up, down, width } => parts.extend([(up, hidden, width), (down, width, hidden)]),
         }
         let prefix = self.names.layers;
-        let of_layer = |number| parts.iter().map(move |part| format!("{prefix}.{number}.{part}"));
-        (0..self.layers).flat_map(of_layer).collect()
+        let site = |number: usize, &(part, in_features, out_features): &(&str, usize, usize)| Site {
+            name: format!("{prefix}.{number}.{part}"),
+            in_features,
+            out_features,
+        };
+        (0..self.layers).flat_map(|number| parts.iter().map(move |part| site(number, part))).collect()
+    }
+
+    /// Names of the linear layers that adapters can change.
+    pub fn site_names(&self) -> Vec<String> {
+        self.sites().into_iter().map(|site| site.name).collect()
+    }
+
+    /// Bytes that embeddings and linear layers take when they are held like this, as
+    /// [`super::decoder::Decoder::weight_bytes`] tells once they are loaded.
+    pub fn weight_bytes(&self, dense: DType, quantize: Quantization) -> u64 {
+        let bytes = |rows: usize, columns: usize, role: Option<Role>| {
+            let elements = (rows * columns) as u64;
+            match role.and_then(|role| quantize.format(role, columns)) {
+                Some(format) => elements * format.type_size() as u64 / format.block_size() as u64,
+                None => elements * dense.size_in_bytes() as u64,
+            }
+        };
+        let vocabulary = bytes(self.vocab_size, self.hidden_size, Some(Role::Vocabulary));
+        let tables = 1 + u64::from(self.names.head.is_some());
+        let positions = self.names.positions.map_or(0, |_| bytes(self.max_positions, self.hidden_size, None));
+        let layers =
+            self.sites().into_iter().map(|s| bytes(s.out_features, s.in_features, Some(Role::Layer)));
+        tables * vocabulary + positions + layers.sum::<u64>()
     }
 }
 

@@ -36,6 +36,7 @@ use crate::model::tokenizer::AddSpecial;
     post,
     path = "/v1/chat/completions",
     tag = "openai",
+    operation_id = "create_chat_completion",
     request_body = ChatRequest,
     responses(
         (status = 200, description = "The answers; with `stream` their parts as server-sent events", content(

@@ -153,6 +153,7 @@ pub(in crate::http) struct CompletionLogprobs {
     post,
     path = "/v1/completions",
     tag = "openai",
+    operation_id = "create_completion",
     request_body = CompletionRequest,
     responses(
         (status = 200, description = "The answers; with `stream` their parts as server-sent events", content(

@@ -109,12 +109,16 @@ pub(in crate::http) struct FileUpload {
 #[into_params(parameter_in = Query)]
 pub(in crate::http) struct FilesQuery {
     /// Older than this file.
+    #[param(value_type = String, required = false)]
     after: Option<String>,
     /// Files at most, 1 to 10000. Default 10000.
+    #[param(value_type = i64, required = false, minimum = 1, maximum = 10000)]
     limit: Option<i64>,
     /// `desc`
+    #[param(value_type = String, required = false, pattern = "^desc$")]
     order: Option<String>,
     /// With this purpose.
+    #[param(value_type = String, required = false)]
     purpose: Option<String>,
 }
 

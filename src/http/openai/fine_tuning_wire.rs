@@ -348,7 +348,9 @@ pub(in crate::http) struct FineTuningCheckpointList {
 #[into_params(parameter_in = Query)]
 pub(in crate::http) struct PageQuery {
     /// Older than the entry of this id.
+    #[param(value_type = String, required = false)]
     pub(super) after: Option<String>,
     /// Entries at most, 1 to 100. Default 20.
+    #[param(value_type = i64, required = false, minimum = 1, maximum = 100)]
     pub(super) limit: Option<i64>,
 }

@@ -42,6 +42,7 @@ pub(in crate::http) struct Model {
     get,
     path = "/v1/models",
     tag = "openai",
+    operation_id = "list_models",
     responses((status = 200, description = "The base model and the adapters that can be used", body = ModelList)),
 )]
 pub(in crate::http) async fn list(State(state): State<AppState>) -> Result<Json<ModelList>, ApiError> {
@@ -56,6 +57,7 @@ pub(in crate::http) async fn list(State(state): State<AppState>) -> Result<Json<
     get,
     path = "/v1/models/{id}",
     tag = "openai",
+    operation_id = "retrieve_model",
     params(("id" = String, Path, description = "Name of the base model or of an adapter")),
     responses(
         (status = 200, description = "The model", body = Model),
