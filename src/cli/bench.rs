@@ -189,7 +189,7 @@ struct CellRounds {
 async fn serve_here(workload: &Workload, app: App) -> anyhow::Result<Map<String, Value>> {
     let (engine, registry) = (app.engine(), app.adapters());
     fits(workload, &engine).context(CannotStart)?;
-    let url = app.url();
+    let url = app.url().to_owned();
     let info = engine.info();
     let prompts = Prompts::new(workload, info.vocab_size, &info.eos_token_ids);
     let measured = async {
