@@ -357,7 +357,7 @@ fn curl(served: &Served, trust: &str, arguments: &[&str]) -> Result<String, Stri
 #[tokio::test(flavor = "multi_thread")]
 async fn curl_and_reqwest_speak_tls_before_and_after_a_reload() {
     if Command::new("curl").arg("--version").output().is_err() {
-        eprintln!("skipped: there is no curl");
+        let _ = writeln!(std::io::stderr(), "skipped: there is no curl");
         return;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -498,7 +498,6 @@ async fn five_hundred_slow_clients_leave_others_alone() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     times.sort();
-    println!("health beside 500 slow clients: median {:?}, p99 {:?}", times[50], times[98]);
     // Far more than it takes, and far less than waiting for one of them would.
     assert!(times[98] < Duration::from_secs(1), "{times:?}");
     let body = json!({"prompt": "hello", "max_new_tokens": 8});
