@@ -35,6 +35,11 @@ const GIVEN: &[(&str, &str)] = &[
          head -n 20 assets/phrasebook/heldout.jsonl > rows.jsonl",
     ),
     (
+        "docs/OPERATIONS.md",
+        "mkdir gurukul-data
+         gurukul train --source phrasebook --max-samples 16 --adapter kept --data-dir gurukul-data",
+    ),
+    (
         "docs/RL_GUIDE.md",
         r#"gurukul train --source phrasebook --max-samples 16 --adapter hindi-v1
          printf '{"prompt": "Translate to Hindi: Good morning."}\n' > my_prompts.jsonl"#,
@@ -213,6 +218,16 @@ fn the_streaming_guide() {
 #[test]
 fn the_guide_to_reinforcement_learning() {
     run("docs/RL_GUIDE.md");
+}
+
+#[test]
+fn the_page_on_operations() {
+    run("docs/OPERATIONS.md");
+}
+
+#[test]
+fn the_page_on_security() {
+    run("docs/SECURITY.md");
 }
 
 /// The test of each page, or why it has none here.
