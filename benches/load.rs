@@ -157,7 +157,10 @@ mod unix {
 
     fn percentile(values: &mut [f64], share: f64) -> f64 {
         values.sort_by(f64::total_cmp);
-        values.get(((values.len() as f64 * share) as usize).min(values.len().saturating_sub(1))).copied().unwrap_or(f64::NAN)
+        values
+            .get(((values.len() as f64 * share) as usize).min(values.len().saturating_sub(1)))
+            .copied()
+            .unwrap_or(f64::NAN)
     }
 
     /// What the clients saw.
@@ -217,7 +220,10 @@ mod unix {
             client.await?;
         }
         let mut seen = std::mem::take(&mut *seen.lock().expect("no client panics in it"));
-        say(format_args!("{CONNECTIONS} connections, {GENERATING} of them generating, for {} s", time.as_secs()));
+        say(format_args!(
+            "{CONNECTIONS} connections, {GENERATING} of them generating, for {} s",
+            time.as_secs()
+        ));
         for ((path, status), count) in &seen.statuses {
             say(format_args!("{path:<16} {status:>4} {count:>8}"));
         }
@@ -319,6 +325,8 @@ mod unix {
             metrics::tokens(Some("lessons"), 10, 10);
             metrics::http_answered("/generate-lite", "POST", 200, 0.01);
         });
-        say(format_args!("recording: {token:?} for a token that is alone in its step, {request:?} for a request"));
+        say(format_args!(
+            "recording: {token:?} for a token that is alone in its step, {request:?} for a request"
+        ));
     }
 }

@@ -186,7 +186,7 @@ run() {
     say "starts: ${words[*]} as $user"
     (start "rootfs=$key" "${words[@]}") >"$place/server.log" 2>&1 &
     server=$!
-    trap 'kill -KILL $server 2>/dev/null || true' EXIT
+    trap 'kill -KILL ${server:-} 2>/dev/null || true' EXIT
 
     mapfile -t words < <(jq -r '.[]' <<<"$health")
     for _ in $(seq 120); do

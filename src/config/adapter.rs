@@ -18,6 +18,11 @@ pub const FILE_NAME: &str = "adapter_config.yaml";
 /// What `target_modules` may say instead of names.
 pub const ALL_LINEAR: &str = "all-linear";
 
+/// What jobs that were stored without the setting keep, too.
+fn two() -> usize {
+    2
+}
+
 /// Every setting of a training job, resolved and in its range.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -78,6 +83,9 @@ pub struct AdapterConfig {
     pub early_stopping_patience: u64,
     /// Steps between checkpoints; 0 writes one at the end alone.
     pub save_steps: u64,
+    /// Checkpoints that are kept, the newest, besides the best.
+    #[serde(default = "two")]
+    pub keep_last: usize,
     /// Steps between lines in the job's log.
     pub logging_steps: u64,
 }
@@ -147,6 +155,7 @@ impl Default for AdapterConfig {
             eval_steps: 50,
             early_stopping_patience: 0,
             save_steps: 50,
+            keep_last: two(),
             logging_steps: 10,
         }
     }
@@ -216,6 +225,8 @@ pub struct AdapterOverrides {
     pub early_stopping_patience: Option<u64>,
     /// Steps between checkpoints; 0 writes one at the end alone. Default 50.
     pub save_steps: Option<u64>,
+    /// Checkpoints that are kept, the newest, besides the best; 1 to 1000. Default 2.
+    pub keep_last: Option<usize>,
     /// Steps between lines in the job's log. Default 10.
     pub logging_steps: Option<u64>,
 }
@@ -358,6 +369,7 @@ fn resolve(
         eval_steps: said!(eval_steps).within(count.clone())?,
         early_stopping_patience: said!(early_stopping_patience).within(count.clone())?,
         save_steps: said!(save_steps).within(count.clone())?,
+        keep_last: said!(keep_last).within(1..=1000)?,
         logging_steps: said!(logging_steps).within(1..=1_000_000_000)?,
     })
 }

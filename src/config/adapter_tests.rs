@@ -207,6 +207,7 @@ fn every_range_is_checked_and_named() {
         ("eval_steps", json!([-1, 1000000001])),
         ("early_stopping_patience", json!([-1, 1000000001])),
         ("save_steps", json!([-1, 1000000001])),
+        ("keep_last", json!([0, 1001])),
         ("logging_steps", json!([0])),
     ];
     let named: Vec<&str> = bad.iter().map(|(field, _)| *field).collect();

@@ -147,6 +147,8 @@ settings! {
     checkpointing: Checkpointing = Checkpointing::Auto,
     /// Steps between checkpoints; 0 writes one at the start and at the end alone.
     save_steps: u64 = 10,
+    /// Checkpoints that are kept, the newest.
+    keep_last: usize = 2,
     /// Steps between lines in the job's log.
     logging_steps: u64 = 1,
     /// `online`: a run that the episodes are logged to as well; empty logs none.
@@ -241,6 +243,7 @@ impl RlTrainConfig {
             max_grad_norm in 0.0..=1e9,
             max_seq_length in 2..=1_000_000,
             save_steps in count.clone(),
+            keep_last in 1..=1000,
             logging_steps in 1..=1_000_000_000,
         }
         if let Some(threshold) = self.rft_threshold {
@@ -284,6 +287,7 @@ impl RlTrainConfig {
             max_seq_length: self.max_seq_length,
             checkpointing: self.checkpointing,
             save_steps: self.save_steps,
+            keep_last: self.keep_last,
             logging_steps: self.logging_steps,
             ..AdapterConfig::default()
         }

@@ -17,11 +17,10 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::error::{ApiError, ErrorBody};
 use super::extract::path_text;
-use super::jobs::JobStatus;
+use super::jobs::{JobStatus, figures_schema};
 use super::sse;
 use super::state::AppState;
 use crate::jobs::{Job, JobState, Point, Watch, rfc3339};
-use crate::train::Progress;
 
 /// Digits of the largest step that a client can have seen; any such number is one that a u64 holds.
 const MAX_DIGITS: usize = 18;
@@ -41,7 +40,7 @@ pub(super) struct ProgressEvent {
     /// How much is done, 0 to 1.
     progress: f64,
     /// The figures of this step.
-    #[schema(value_type = Progress)]
+    #[schema(schema_with = figures_schema)]
     metrics: Value,
 }
 

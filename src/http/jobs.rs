@@ -6,6 +6,8 @@ use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use utoipa::openapi::Ref;
+use utoipa::openapi::schema::{AnyOfBuilder, ObjectBuilder};
 use utoipa::{IntoParams, ToSchema};
 
 use super::error::{ApiError, ErrorBody};
@@ -15,6 +17,7 @@ use super::rl_collect::COLLECT_KIND;
 use super::state::AppState;
 use crate::engine::training::TrainingPlan;
 use crate::jobs::{Job, JobFilter, JobState, Level, LogLine, LogPage, rfc3339};
+use crate::rl::learn::RlProgress;
 use crate::train::Progress;
 
 /// Most lines or jobs of one answer.
@@ -52,7 +55,7 @@ pub(super) struct JobStatus {
     /// Name of the source.
     source: Option<String>,
     /// The latest figures; an empty object before the first step.
-    #[schema(value_type = Progress)]
+    #[schema(schema_with = figures_schema)]
     metrics: Value,
     /// The memory that was planned for it.
     #[schema(value_type = Option<TrainingPlan>)]
@@ -89,6 +92,22 @@ impl From<Job> for JobStatus {
             cancel_requested: job.cancel_requested,
         }
     }
+}
+
+/// What figures are depends on the job's kind.
+pub(super) fn figures_schema() -> AnyOfBuilder {
+    let of = |name| Ref::from_schema_name(name);
+    let others = ObjectBuilder::new().description(Some(
+        "Of a job that collects: step and total_steps (episodes), episodes_per_s, eta_s, mean_reward, without_reward; of \
+         any before its first step: nothing",
+    ));
+    AnyOfBuilder::new()
+        .description(Some(
+            "The latest figures: Progress of a job that trains, RlProgress of one that learns from rewards",
+        ))
+        .item(of(Progress::name()))
+        .item(of(RlProgress::name()))
+        .item(others)
 }
 
 /// Figures as an object, whether or not there are any.

@@ -39,6 +39,8 @@ use crate::config::keys::Scope;
         super::generate_lite::TokenEvent,
         super::job_events::ProgressEvent,
         super::openai::chat_wire::ContentPart,
+        crate::rl::learn::RlProgress,
+        crate::train::Progress,
     )),
 )]
 pub(super) struct Base;

@@ -92,7 +92,8 @@ impl Spec {
     }
 
     /// Bytes that embeddings and linear layers take when they are held like this, as
-    /// [`super::decoder::Decoder::weight_bytes`] tells once they are loaded.
+    /// [`super::decoder::Decoder::weight_bytes`] tells once they are loaded, but for biases: which layers have one is
+    /// known to the checkpoint alone. They are less than a thousandth.
     pub fn weight_bytes(&self, dense: DType, quantize: Quantization) -> u64 {
         let bytes = |rows: usize, columns: usize, role: Option<Role>| {
             let elements = (rows * columns) as u64;

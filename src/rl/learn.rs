@@ -230,8 +230,8 @@ impl<'a> Run<'a> {
         stop: watch::Receiver<Stop>,
     ) -> Result<Self, TrainError> {
         let (config, training) = (&job.config, &context.training);
-        let folder = training.jobs_dir.join(job_id);
-        let store = Arc::new(blocking(move || Checkpoints::open(folder)).await?);
+        let (folder, keep_last) = (training.jobs_dir.join(job_id), config.keep_last);
+        let store = Arc::new(blocking(move || Checkpoints::open(folder, keep_last)).await?);
         let newest = store.clone();
         let saved = blocking(move || newest.latest()).await?;
         let saved_step = saved.as_ref().map(|saved| saved.state.progress.step);

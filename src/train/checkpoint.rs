@@ -31,8 +31,6 @@ const TRAINER: &str = "trainer.safetensors";
 const DATASET: &str = "dataset.bin";
 const PENDING: &str = "pending.json";
 const STATE: &str = "state.json";
-/// The newest so many are kept, besides the best.
-const KEPT: usize = 2;
 
 /// What a job remembers between two steps, besides its trainer and its data.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -110,6 +108,7 @@ struct Written {
 #[derive(Debug)]
 pub struct Checkpoints {
     folder: PathBuf,
+    keep_last: usize,
     _lock: Option<File>,
 }
 
@@ -121,11 +120,12 @@ enum Unread {
 }
 
 impl Checkpoints {
-    /// Opens a job's folder, makes it where it is not there, and clears what a crash left half-written.
+    /// Opens a job's folder, makes it where it is not there, and clears what a crash left half-written. The newest
+    /// `keep_last` checkpoints will be kept, besides the best.
     ///
     /// # Errors
     /// A folder that cannot be made or read; a job that another process works on.
-    pub fn open(folder: PathBuf) -> Result<Self, TrainError> {
+    pub fn open(folder: PathBuf, keep_last: usize) -> Result<Self, TrainError> {
         let failed = |source| TrainError::Io {
             what: format!("the job's folder {} cannot be used", folder.display()),
             source,
@@ -139,7 +139,7 @@ impl Checkpoints {
                 remove(&entry.path());
             }
         }
-        Ok(Self { folder, _lock: lock })
+        Ok(Self { folder, keep_last, _lock: lock })
     }
 
     /// Writes a checkpoint and lets go of those that are not needed any more. One of this step that is there
@@ -169,7 +169,7 @@ impl Checkpoints {
         }
         let best = checkpoint.state.best.map(|best| best.step);
         let older = self.steps().unwrap_or_default();
-        for &old in older.iter().rev().skip(KEPT).filter(|&&old| Some(old) != best && old != step) {
+        for &old in older.iter().rev().skip(self.keep_last).filter(|&&old| Some(old) != best && old != step) {
             remove(&self.path(old));
         }
         Ok(())

@@ -63,7 +63,7 @@ struct Job {
 impl Job {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let store = Checkpoints::open(dir.path().join("job")).unwrap();
+        let store = Checkpoints::open(dir.path().join("job"), 2).unwrap();
         Self { dir, store }
     }
 
@@ -117,6 +117,11 @@ fn the_newest_two_and_the_best_are_kept() {
     }
     assert_eq!(job.names(), ["checkpoint-1", "checkpoint-100", "checkpoint-20"], "1 is the best");
     assert_eq!(job.latest_step(), Some(100));
+    let three = Checkpoints::open(job.dir.path().join("other"), 3).unwrap();
+    for step in [2, 3, 20, 100] {
+        three.write(&checkpoint(step), &adapter(), &sites()).unwrap();
+    }
+    assert_eq!(three.steps().unwrap(), [3, 20, 100]);
     // Written again: it is there already.
     job.write(20);
     assert_eq!(job.names(), ["checkpoint-1", "checkpoint-100", "checkpoint-20"]);
@@ -173,7 +178,7 @@ fn what_a_crash_leaves_is_cleared() {
     fs::write(folder.join("job.json"), "{}").unwrap();
     let Job { dir, store } = job;
     drop(store);
-    let job = Job { store: Checkpoints::open(folder).unwrap(), dir };
+    let job = Job { store: Checkpoints::open(folder, 2).unwrap(), dir };
     assert_eq!(job.latest_step(), Some(3));
     assert_eq!(job.names(), ["checkpoint-007", "checkpoint-2", "checkpoint-3", "job.json"]);
     // A folder by another step's name.
@@ -186,18 +191,18 @@ fn what_a_crash_leaves_is_cleared() {
 #[test]
 fn one_process_has_a_job_at_a_time() {
     let job = Job::new();
-    let error = Checkpoints::open(job.dir.path().join("job")).unwrap_err().to_string();
+    let error = Checkpoints::open(job.dir.path().join("job"), 2).unwrap_err().to_string();
     assert!(error.contains("another process"), "{error}");
     let Job { dir, store } = job;
     drop(store);
-    assert!(Checkpoints::open(dir.path().join("job")).is_ok());
+    assert!(Checkpoints::open(dir.path().join("job"), 2).is_ok());
 }
 
 #[test]
 fn a_file_in_the_way_is_told() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("jobs"), "").unwrap();
-    let error = Checkpoints::open(dir.path().join("jobs/job")).unwrap_err().to_string();
+    let error = Checkpoints::open(dir.path().join("jobs/job"), 2).unwrap_err().to_string();
     assert!(error.contains("cannot be used"), "{error}");
 }
 
@@ -215,7 +220,7 @@ fn a_full_disk_leaves_the_checkpoint_before() {
         return;
     }
     let outcome = std::panic::catch_unwind(|| {
-        let store = Checkpoints::open(dir.path().join("job")).unwrap();
+        let store = Checkpoints::open(dir.path().join("job"), 2).unwrap();
         store.write(&checkpoint(1), &adapter(), &sites()).unwrap();
         let mut large = checkpoint(2);
         large.dataset = vec![7; 80 << 10];

@@ -54,8 +54,8 @@ pub async fn run(
     check_name(&job.adapter_name)?;
     let (config, info) = (&job.config, context.engine.info());
     let spec = trainer_spec(config, &info.sites, info.context_length)?;
-    let folder = context.jobs_dir.join(job_id);
-    let store = Arc::new(blocking(move || Checkpoints::open(folder)).await?);
+    let (folder, keep_last) = (context.jobs_dir.join(job_id), config.keep_last);
+    let store = Arc::new(blocking(move || Checkpoints::open(folder, keep_last)).await?);
     let newest = store.clone();
     let saved = blocking(move || newest.latest()).await?;
 
