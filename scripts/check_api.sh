@@ -20,6 +20,8 @@ done
 
 place=$(mktemp -d)
 server=
+# With a key, so that what is said of keys is checked as well.
+key=a-key-for-the-check-of-the-interface
 stop() {
     if [ -n "$server" ]; then
         kill "$server" 2>/dev/null || true
@@ -33,7 +35,7 @@ trap 'kill ${server:-} 2>/dev/null || true; rm -rf "$place"' EXIT
 start() {
     rm -rf "$place/data"
     mkdir "$place/data"
-    (cd "$place" && exec "$binary" serve --port 0 --data-dir data) >"$place/server.out" 2>"$place/server.log" &
+    (cd "$place" && GURUKUL_API_KEYS="check=$key" exec "$binary" serve --port 0 --data-dir data) >"$place/server.out" 2>"$place/server.log" &
     server=$!
     url=
     for _ in $(seq 300); do
@@ -60,7 +62,7 @@ cp -r "$root/configs" "$place/configs"
 start
 printf -- '-- newman\n'
 timeout 180 newman run "$root/docs/postman_collection.json" -e "$root/docs/postman_environment.json" \
-    --env-var "baseUrl=$url" --color off --reporter-cli-no-success-assertions >"$place/newman.log" ||
+    --env-var "baseUrl=$url" --env-var "apiKey=$key" --color off --reporter-cli-no-success-assertions >"$place/newman.log" ||
     fail "newman: $(cat "$place/newman.log")"
 tail -n 20 "$place/newman.log"
 unharmed newman
@@ -83,26 +85,26 @@ cd "$place"
 ask() {
     local config=$1 seconds=$2
     shift 2
-    timeout "$seconds" schemathesis --config-file "$config" run "$url/openapi.json" "$@" >schemathesis.log ||
+    GURUKUL_API_KEY=$key timeout "$seconds" schemathesis --config-file "$config" run "$url/openapi.json" "$@" >schemathesis.log ||
         fail "schemathesis: $(cat schemathesis.log)"
     sed -n '/= SUMMARY =/,$p' schemathesis.log
     unharmed schemathesis
 }
 
 printf -- '-- schemathesis\n'
-ask "$root/tests/schemathesis.toml" 240
+ask "$root/tests/schemathesis.toml" 400
 
 # What it makes up names no job, no file and no adapter. Once more with those that are there.
 printf -- '-- schemathesis with names that exist\n'
 post() {
-    curl -sf "$url$1" -H 'content-type: application/json' -d "$2"
+    curl -sf "$url$1" -H "x-api-key: $key" -H 'content-type: application/json' -d "$2"
 }
 job=$(post /adapter/train-lite '{"source": "phrasebook", "adapter_name": "known", "max_samples": 8}' | jq -r .job_id)
 printf '{"prompt": "Good morning.", "completion": "सुप्रभात।"}\n' >rows.jsonl
-file=$(curl -sf "$url/v1/files" -F purpose=fine-tune -F file=@rows.jsonl | jq -r .id)
+file=$(curl -sf "$url/v1/files" -H "x-api-key: $key" -F purpose=fine-tune -F file=@rows.jsonl | jq -r .id)
 tuning=$(post /v1/fine_tuning/jobs "{\"model\": \"gurukul-demo\", \"training_file\": \"$file\"}" | jq -r .id)
 for _ in $(seq 300); do
-    [ "$(curl -sf "$url/v1/fine_tuning/jobs/$tuning" | jq -r .status)" != succeeded ] || break
+    [ "$(curl -sf "$url/v1/fine_tuning/jobs/$tuning" -H "x-api-key: $key" | jq -r .status)" != succeeded ] || break
     sleep 0.2
 done
 {
@@ -111,6 +113,6 @@ done
     printf '"path.job_id" = "%s"\n"path.file_id" = "%s"\n"path.fine_tuning_job_id" = "%s"\n' "$job" "$file" "$tuning"
     printf '"path.name" = "known"\n"path.id" = "gurukul-demo"\n'
 } >known.toml
-ask known.toml 120 --max-examples 5 --include-path-regex '\{(job_id|file_id|fine_tuning_job_id|name|id)\}'
+ask known.toml 240 --max-examples 5 --include-path-regex '\{(job_id|file_id|fine_tuning_job_id|name|id)\}'
 stop
 printf 'check_api.sh: all passed in %d s\n' "$SECONDS"
