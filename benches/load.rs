@@ -32,7 +32,7 @@ mod unix {
     const PAUSE: Duration = Duration::from_secs(2);
     /// Clients and rounds of `overhead`.
     const CLIENTS: usize = 8;
-    const ROUNDS: usize = 7;
+    const ROUNDS: usize = 41;
     const GENERATE: &str =
         r#"{"prompt": "Translate to Hindi: Where is the school?", "max_new_tokens": 32, "do_sample": false}"#;
 
@@ -58,7 +58,7 @@ mod unix {
             runtime.block_on(connections(Duration::from_secs(seconds.unwrap_or(60))))?;
         }
         if subject != "connections" {
-            runtime.block_on(overhead(Duration::from_secs(seconds.unwrap_or(8))))?;
+            runtime.block_on(overhead(Duration::from_secs(seconds.unwrap_or(1))))?;
             records();
         }
         Ok(())
@@ -244,8 +244,13 @@ mod unix {
         Ok(())
     }
 
-    /// Tokens a second, and processor seconds of the server for a thousand tokens.
-    async fn round(server: &Server, time: Duration) -> anyhow::Result<(f64, f64)> {
+    /// Tokens a second (requests, where nothing is generated), and processor seconds of the server for a thousand of them.
+    async fn round(
+        server: &Server,
+        time: Duration,
+        body: Option<&'static str>,
+    ) -> anyhow::Result<(f64, f64)> {
+        let path = if body.is_some() { "/generate-lite" } else { "/v1/models" };
         let (begun, before) = (Instant::now(), server.processor_s());
         let clients: Vec<_> = (0..CLIENTS)
             .map(|_| {
@@ -254,10 +259,10 @@ mod unix {
                     let mut connection = Connection::open(&address).await?;
                     let mut tokens = 0;
                     while begun.elapsed() < time {
-                        let (status, body) = connection.ask("/generate-lite", Some(GENERATE)).await?;
+                        let (status, answer) = connection.ask(path, body).await?;
                         ensure!(status == 200, "{status}");
-                        let answer: serde_json::Value = serde_json::from_slice(&body)?;
-                        tokens += answer["usage"]["completion_tokens"].as_u64().context("no usage")?;
+                        let answer: serde_json::Value = serde_json::from_slice(&answer)?;
+                        tokens += answer["usage"]["completion_tokens"].as_u64().unwrap_or(1);
                     }
                     anyhow::Ok(tokens)
                 })
@@ -276,28 +281,37 @@ mod unix {
         let open = Server::start(&[], &[])?;
         let limits = ["--rate-limit", "1000000", "--max-concurrent", "1000"];
         let guarded = Server::start(&limits, &[("GURUKUL_API_KEYS", KEY)])?;
-        let (mut rates, mut costs) = (Vec::new(), Vec::new());
-        say(format_args!("\n{CLIENTS} clients, tokens/s (processor s for 1000 tokens)"));
-        for number in 0..=ROUNDS {
-            // In turns, so that what else the machine does falls on both.
-            let order = if number % 2 == 0 { [&open, &guarded] } else { [&guarded, &open] };
-            let first = round(order[0], time).await?;
-            let second = round(order[1], time).await?;
-            let (plain, with) = if number % 2 == 0 { (first, second) } else { (second, first) };
-            if number > 0 {
+        for (what, body) in [("tokens", Some(GENERATE)), ("requests for /v1/models", None)] {
+            let [mut plain, mut with, mut rates, mut costs] = [const { Vec::new() }; 4];
+            for number in 0..=ROUNDS {
+                // In turns, so that what else the machine does falls on both.
+                let first_is_open = number % 2 == 0;
+                let order = if first_is_open { [&open, &guarded] } else { [&guarded, &open] };
+                let first = round(order[0], time, body).await?;
+                let second = round(order[1], time, body).await?;
+                let (without_key, with_key) = if first_is_open { (first, second) } else { (second, first) };
+                // The first pair warms up.
+                if number > 0 {
+                    plain.push(without_key.1);
+                    with.push(with_key.1);
+                    rates.push(with_key.0 / without_key.0);
+                    costs.push(with_key.1 / without_key.1);
+                }
+            }
+            say(format_args!(
+                "\n{CLIENTS} clients, {ROUNDS} pairs; processor s for 1000 {what}: {:.3} open, {:.3} with a key and limits",
+                percentile(&mut plain, 0.5),
+                percentile(&mut with, 0.5)
+            ));
+            for (figure, values) in [("rate", &mut rates), ("processor time", &mut costs)] {
                 say(format_args!(
-                    "open {:.0} ({:.3}), with a key and limits {:.0} ({:.3})",
-                    plain.0, plain.1, with.0, with.1
+                    "{figure} with a key and limits, of that without: median {:.3}, quartiles {:.3} and {:.3}",
+                    percentile(values, 0.5),
+                    percentile(values, 0.25),
+                    percentile(values, 0.75)
                 ));
-                rates.push(with.0 / plain.0);
-                costs.push(with.1 / plain.1);
             }
         }
-        say(format_args!(
-            "with a key and limits: {:.3} of the tokens/s, {:.3} of the processor time (medians of {ROUNDS} pairs)",
-            percentile(&mut rates, 0.5),
-            percentile(&mut costs, 0.5)
-        ));
         Ok(())
     }
 
