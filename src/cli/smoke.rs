@@ -69,7 +69,7 @@ pub(super) fn run(args: &Args, settings: Settings) -> anyhow::Result<()> {
             runtime.block_on(server.ask_all(args, &prompts))?
         }
         None => local::with_app(runtime, settings, async |app| {
-            let server = Server::new(&app.url(), args.api_key.as_deref())?;
+            let server = Server::new(app.url(), args.api_key.as_deref())?;
             local::serve_meanwhile(app, server.ask_all(args, &prompts)).await
         })?,
     };
