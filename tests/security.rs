@@ -3,6 +3,10 @@
 
 #![cfg(unix)]
 
+#[allow(dead_code, reason = "other tests use the rest of it")]
+#[path = "support/program.rs"]
+mod program;
+
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
@@ -10,6 +14,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use program::gurukul;
 use serde_json::{Value, json};
 
 const READER: &str = "s3cr3t-reader-0123456789";
@@ -18,19 +23,6 @@ const OPS: &str = "s3cr3t-ops-0123456789abc";
 
 fn repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
-
-/// The binary in a folder, with nothing of this process's environment that it would read.
-fn gurukul(folder: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_gurukul"));
-    command.current_dir(folder);
-    for (name, _) in std::env::vars() {
-        if name.starts_with("GURUKUL_") || name.starts_with("HF_") || name == "RUST_LOG" {
-            command.env_remove(name);
-        }
-    }
-    command.env("HF_HOME", folder.join("hf")).env("HF_HUB_OFFLINE", "1");
-    command
 }
 
 /// A running server with all that it has said; killed when dropped.
@@ -367,6 +359,11 @@ async fn curl_and_reqwest_speak_tls_before_and_after_a_reload() {
     let served = serve(dir.path(), &arguments, &variables);
     assert_eq!(served.scheme, "https");
     wait_for(&served.stdout, "answers on https://");
+    // Its own health check knows that it speaks TLS, and with which certificate is nothing to it.
+    let port = served.address.rsplit(':').next().unwrap();
+    let mut health = gurukul(dir.path());
+    let checked = health.arg("health").args(["--port", port]).args(arguments).output().unwrap();
+    assert_eq!((checked.status.code(), &checked.stdout[..]), (Some(0), &b"ready\n"[..]), "{checked:?}");
     let header = format!("x-api-key: {READER}");
     for (version, flag) in [("2", "--http2"), ("1.1", "--http1.1")] {
         let answer = curl(&served, "cert.pem", &[flag, "--header", &header]).unwrap();

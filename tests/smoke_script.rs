@@ -2,6 +2,9 @@
 //! of ours, refuse or are not there.
 #![cfg(unix)]
 
+#[allow(dead_code, reason = "other tests use the rest of it")]
+#[path = "support/program.rs"]
+mod program;
 #[path = "support/served.rs"]
 mod served;
 #[path = "support/tools.rs"]

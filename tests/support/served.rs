@@ -3,8 +3,9 @@
 
 use std::io::{BufRead as _, BufReader};
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 
+use super::program::gurukul;
 use super::tools::root;
 
 /// A running server, killed when the test ends.
@@ -29,13 +30,8 @@ impl Served {
         for folder in ["assets", "configs", "docs", "scripts", "test_prompts"] {
             std::os::unix::fs::symlink(root().join(folder), place.path().join(folder)).unwrap();
         }
-        let mut command = Command::new(env!("CARGO_BIN_EXE_gurukul"));
-        for (name, _) in std::env::vars() {
-            if name.starts_with("GURUKUL_") || name.starts_with("HF_") || name == "RUST_LOG" {
-                command.env_remove(name);
-            }
-        }
-        command.args(["serve", "--port", "0"]).current_dir(place.path()).env("HF_HUB_OFFLINE", "1");
+        let mut command = gurukul(place.path());
+        command.args(["serve", "--port", "0"]);
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let mut seen = String::new();
