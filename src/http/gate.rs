@@ -3,21 +3,18 @@
 //! answered. It must not know what any route does.
 
 use std::convert::Infallible;
-use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
-use std::task::{Context, Poll};
 use std::time::Instant;
 
 use axum::Router;
-use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::Request;
 use axum::response::Response;
-use hyper::body::{Frame, SizeHint};
 use hyper::service::Service as _;
 use hyper_util::service::TowerToHyperService;
 use tokio::sync::watch;
 
 use super::error::ApiError;
+use super::held::held;
 use super::{health, middleware};
 
 /// What the process is at.
@@ -134,7 +131,7 @@ impl Gate {
         let answered: Result<Response, Infallible> = TowerToHyperService::new(routes).call(request).await;
         let Ok(response) = answered;
         match entered {
-            Some(entered) => response.map(|body| Body::new(Counted { body, _entered: entered })),
+            Some(entered) => response.map(|body| held(body, entered)),
             None => response,
         }
     }
@@ -176,34 +173,9 @@ impl Drop for Entered {
     }
 }
 
-/// A body whose request counts until it is sent or nobody wants it any more.
-struct Counted {
-    body: Body,
-    _entered: Entered,
-}
-
-impl HttpBody for Counted {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(context)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use axum::body::{Body, HttpBody as _};
     use axum::routing::get;
     use tower::ServiceExt as _;
 

@@ -3,16 +3,16 @@
 use std::panic::AssertUnwindSafe;
 use std::time::Instant;
 
-use axum::body::Body;
 use axum::extract::{MatchedPath, Request};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use futures::{FutureExt, StreamExt};
+use futures::FutureExt as _;
 use tracing::field::Empty;
 use tracing::{Instrument, Span};
 
 use super::error::ApiError;
+use super::held::held;
 use crate::metrics::{self, InFlight};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -54,12 +54,7 @@ pub(super) async fn around(request: Request, next: Next) -> Response {
     response.headers_mut().insert(REQUEST_ID, id);
     if is_event_stream(response.headers()) {
         // The answer is complete when the stream is: the watch ends with it.
-        let (head, body) = response.into_parts();
-        let watched = body.into_data_stream().map(move |part| {
-            let _ = &watch;
-            part
-        });
-        return Response::from_parts(head, Body::from_stream(watched));
+        return response.map(|body| held(body, watch));
     }
     response
 }
@@ -122,6 +117,7 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
 mod tests {
     use super::*;
     use axum::Router;
+    use axum::body::Body;
     use axum::routing::get;
     use tower::ServiceExt;
 
