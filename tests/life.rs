@@ -130,42 +130,36 @@ async fn sigterm_refuses_what_is_new_and_lets_a_stream_come_to_its_end() {
     assert!(program.lines().iter().any(|line| line.contains("stopped")), "{:#?}", program.lines());
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn what_still_runs_at_the_end_of_the_grace_period_is_cut_with_a_proper_end() {
+/// A crowd is cut within seconds after the last of these signals, each with a proper end.
+async fn cuts(grace: &str, signals: &[&str]) {
     let dir = tempfile::tempdir().unwrap();
-    let mut program = Program::serving(dir.path(), &["--max-batch", "1", "--grace", "300ms"]).await;
+    let mut program = Program::serving(dir.path(), &["--max-batch", "1", "--grace", grace]).await;
     let streams = crowd(&program).await;
-    program.signal("TERM");
+    for (number, signal) in signals.iter().enumerate() {
+        if number > 0 {
+            program.line("running requests may end").await;
+        }
+        program.signal(signal);
+    }
     let asked = Instant::now();
     assert_eq!(program.ended().await.code(), Some(0));
     assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
     assert_cut_properly(&texts(streams).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_still_runs_at_the_end_of_the_grace_period_is_cut_with_a_proper_end() {
+    cuts("300ms", &["TERM"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_signal_cuts() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut program = Program::serving(dir.path(), &["--max-batch", "1", "--grace", "100s"]).await;
-    let streams = crowd(&program).await;
-    program.signal("TERM");
-    program.line("running requests may end").await;
-    program.signal("TERM");
-    let asked = Instant::now();
-    assert_eq!(program.ended().await.code(), Some(0));
-    assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
-    assert_cut_properly(&texts(streams).await);
+    cuts("100s", &["TERM", "TERM"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_grace_everything_is_cut_at_once() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut program = Program::serving(dir.path(), &["--max-batch", "1", "--grace", "0"]).await;
-    let streams = crowd(&program).await;
-    program.signal("INT");
-    let asked = Instant::now();
-    assert_eq!(program.ended().await.code(), Some(0));
-    assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
-    assert_cut_properly(&texts(streams).await);
+    cuts("0", &["INT"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
