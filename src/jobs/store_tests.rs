@@ -113,6 +113,22 @@ async fn the_connection_keeps_its_promises() {
 }
 
 #[tokio::test]
+async fn once_there_is_room_again_every_connection_writes_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).await.unwrap();
+    let large = "INSERT INTO jobs (id, kind, name, spec, status, message, created_ms)
+        VALUES ('', '', '', '', 'pending', hex(zeroblob(1 << 20)), 0)";
+    for _ in 0..2 * CONNECTIONS {
+        let mut transaction = store.write().await.unwrap();
+        // This connection's file may not grow.
+        sqlx::raw_sql("PRAGMA max_page_count = 1").execute(&mut *transaction).await.unwrap();
+        let error = JobsError::from(sqlx::query(large).execute(&mut *transaction).await.unwrap_err());
+        assert!(matches!(error, JobsError::Full(_)), "{error}");
+    }
+    store.accept(&new("a")).await.unwrap();
+}
+
+#[tokio::test]
 async fn an_accepted_job_is_there_after_a_reopening_without_a_close() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).await.unwrap();
