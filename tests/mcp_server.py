@@ -76,6 +76,10 @@ async def circle(arguments):
     return result({"page": {"rows": ROWS[:2], "next": arguments.get("cursor") or "row-2"}})
 
 
+async def endless(arguments):
+    return result({"page": {"rows": [], "next": int(arguments.get("cursor") or 0) + 1}})
+
+
 async def refuses(_):
     return result(texts=["the table is locked"], error=True)
 
@@ -102,7 +106,7 @@ async def big(_):
 
 TOOLS = {
     tool.__name__: tool
-    for tool in [paged, paged_text, texts, lines, circle, refuses, breaks, stuck, prose, environment, big]
+    for tool in [paged, paged_text, texts, lines, circle, endless, refuses, breaks, stuck, prose, environment, big]
 }
 
 FILES = {

@@ -21,6 +21,8 @@ const PARCEL_BYTES: usize = 256 << 10;
 const PARCEL_ROWS: usize = 512;
 /// How long a row may wait for others while nothing else waits to be taken.
 const WAIT: Duration = Duration::from_millis(2);
+/// Pages in a row that have no rows; more are taken for a circle.
+const MAX_EMPTY_PAGES: u32 = 1000;
 /// What a record takes beside its texts, about.
 const RECORD_BYTES: usize = 256;
 
@@ -281,6 +283,7 @@ impl Reader {
             Some(MarkPlace::Page { token, row }) => (token, row),
             Some(_) => return Err("gives pages where it gave files; start anew".into()),
         };
+        let mut empty = 0;
         loop {
             let Page { shown, rows, next } = pages.page(token.as_ref().as_ref())?;
             let count = rows.len() as u64;
@@ -314,6 +317,10 @@ impl Reader {
             }
             if next == token {
                 return Err(format!("{shown} names itself as its next page; ask whoever runs the server"));
+            }
+            empty = if count == 0 { empty + 1 } else { 0 };
+            if empty == MAX_EMPTY_PAGES {
+                return Err(format!("{shown}: {empty} pages in a row have no rows; ask whoever runs the server"));
             }
             (token, passed) = (next, 0);
         }

@@ -149,6 +149,7 @@ async fn what_a_tool_does_wrong_is_said() {
         (json!({"tool": {"name": "prose"}}), "is no JSON: 'There are many rows.'"),
         (json!({"tool": {"name": "listed"}}), "no such tool, but paged, paged_text"),
         (paged("circle"), "leads to itself"),
+        (paged("endless"), "page 999: 1000 pages in a row have no rows"),
         (
             json!({"tool": {"name": "paged", "rows_path": "page.lines"}}),
             "nothing at rows_path page.lines; it has page",
