@@ -254,12 +254,18 @@ sources:
     assert!(checked.contains("#   always: admin") && checked.contains("#   reader: generate"), "{checked}");
     assert!(!checked.contains("s3cr3t"), "{checked}");
 
+    const SOURCES: [&str; 4] = ["web", "bucket", "rows", "tool"];
+    let asked = SOURCES.map(|source| {
+        let mut command = gurukul(dir.path());
+        command.args(["sources", "check", source]).envs(variables);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    });
     let served = serve(dir.path(), &[], &variables);
     let (status, sources) = served.ask("GET", "/sources", Some(TEACHER), None).await;
     assert!(status == 200 && sources.contains("bucket"), "{sources}");
     assert!(!sources.contains("s3cr3t"), "{sources}");
     let mut answers = String::new();
-    for source in ["web", "bucket", "rows", "tool"] {
+    for source in SOURCES {
         let body =
             json!({"source": source, "adapter_name": format!("from-{source}"), "overrides": {"epochs": 1}});
         let (status, text) = served.ask("POST", "/adapter/train-lite", Some(TEACHER), Some(&body)).await;
@@ -289,7 +295,13 @@ sources:
     assert!(!answers.contains("s3cr3t"), "{answers}");
     let (log, stdout) = (served.log(), served.stdout.lock().unwrap().clone());
     assert!(log.contains("DEBUG") && stdout.contains("gurukul answers on"), "{log}{stdout}");
-    for line in log.lines().chain(stdout.lines()) {
+    let mut said = vec![log, stdout];
+    for child in asked {
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "nothing answers: {output:?}");
+        said.extend([output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap()));
+    }
+    for line in said.iter().flat_map(|text| text.lines()) {
         assert!(!line.contains("s3cr3t"), "{line}");
     }
 }

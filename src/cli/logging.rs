@@ -3,6 +3,7 @@
 
 use std::io;
 
+use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer, Registry};
@@ -12,19 +13,24 @@ use crate::config::LogFormat;
 /// The variable that names the collector, as OpenTelemetry has it.
 const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
 
+/// The library that speaks to MCP servers. What it logs of a failed request has the whole address, and a key may stand in
+/// its query; sources say themselves what went wrong, without it.
+const UNLOGGED: &str = "rmcp";
+
 /// Ends logging when it is dropped: what was not sent yet is sent.
 pub(super) struct Logging {
     #[cfg(feature = "otlp")]
     _spans: Option<otlp::Spans>,
 }
 
-/// Log lines go to stderr; stdout belongs to answers. `RUST_LOG` chooses what is logged, else level info, but for the
-/// library that speaks to MCP servers, which tells each step of its protocol.
+/// Log lines go to stderr; stdout belongs to answers. `RUST_LOG` chooses what is logged, else level info, but of the
+/// [library](UNLOGGED) that repeats secrets nothing ever is.
 ///
 /// # Errors
 /// A collector's address that cannot be used. The chain holds [`crate::app::CannotStart`].
 pub(super) fn start(format: LogFormat) -> anyhow::Result<Logging> {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,rmcp=warn"));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let known = filter_fn(|metadata| metadata.target().split("::").next() != Some(UNLOGGED));
     let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr);
     #[cfg_attr(not(feature = "otlp"), expect(unused_mut, reason = "the feature adds one"))]
     let mut layers: Vec<Box<dyn Layer<Registry> + Send + Sync>> = vec![match format {
@@ -45,7 +51,7 @@ pub(super) fn start(format: LogFormat) -> anyhow::Result<Logging> {
     #[cfg(not(feature = "otlp"))]
     let logging = Logging {};
     // What is not logged is not sent either.
-    tracing_subscriber::registry().with(layers).with(filter).init();
+    tracing_subscriber::registry().with(layers).with(filter).with(known).init();
     if wanted && cfg!(not(feature = "otlp")) {
         tracing::warn!("{ENDPOINT} is set, but this build has no feature otlp: no spans are sent");
     }

@@ -320,7 +320,9 @@ impl Reader {
             }
             empty = if count == 0 { empty + 1 } else { 0 };
             if empty == MAX_EMPTY_PAGES {
-                return Err(format!("{shown}: {empty} pages in a row have no rows; ask whoever runs the server"));
+                return Err(format!(
+                    "{shown}: {empty} pages in a row have no rows; ask whoever runs the server"
+                ));
             }
             (token, passed) = (next, 0);
         }
