@@ -14,6 +14,7 @@ mod logging;
 mod man;
 mod merge;
 mod plan;
+mod row;
 mod serve;
 mod smoke;
 mod sources;

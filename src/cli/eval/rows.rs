@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{Context as _, bail};
 use serde_json::{Map, Value};
 
+use crate::cli::row;
 use crate::text::Language;
 
 /// Fields of a row of the phrasebook that are about its sentence and no sentence themselves.
@@ -62,9 +63,9 @@ fn of_line(text: &str, line: usize) -> Result<Vec<Row>, String> {
     if fields.contains_key("prompt") || fields.contains_key("completion") {
         let language = match fields.get("language") {
             None | Some(Value::Null) => None,
-            Some(_) => Some(language(&text_of(fields, "language")?, "language")?),
+            Some(_) => Some(row::language(fields, "language")?),
         };
-        let (prompt, completion) = (text_of(fields, "prompt")?, text_of(fields, "completion")?);
+        let (prompt, completion) = (row::text(fields, "prompt")?, row::text(fields, "completion")?);
         return Ok(vec![Row { prompt, completion, language, line }]);
     }
     sentence(fields, line)
@@ -75,7 +76,7 @@ fn sentence(fields: &Map<String, Value>, line: usize) -> Result<Vec<Row>, String
     if !fields.contains_key("en") {
         return Err("has neither prompt and completion nor en, the English sentence".into());
     }
-    let english = text_of(fields, "en")?;
+    let english = row::text(fields, "en")?;
     let mut rows = Vec::with_capacity(fields.len() - 1);
     for code in fields.keys().filter(|key| *key != "en" && !ABOUT.contains(&key.as_str())) {
         // The code itself and not a name: a field that is called otherwise is a mistake.
@@ -85,23 +86,10 @@ fn sentence(fields: &Map<String, Value>, line: usize) -> Result<Vec<Row>, String
         })?;
         let prompt = format!("Translate to {}: {english}", language.title());
         // The space that training's translation pairs have there.
-        let completion = format!(" {}", text_of(fields, code)?);
+        let completion = format!(" {}", row::text(fields, code)?);
         rows.push(Row { prompt, completion, language: Some(language), line });
     }
     if rows.is_empty() { Err("has no language but English".into()) } else { Ok(rows) }
-}
-
-fn language(text: &str, field: &str) -> Result<Language, String> {
-    text.parse().map_err(|error| format!("{field} is not known: {error}"))
-}
-
-fn text_of(fields: &Map<String, Value>, field: &str) -> Result<String, String> {
-    match fields.get(field) {
-        None => Err(format!("{field} is missing")),
-        Some(Value::String(text)) if text.trim().is_empty() => Err(format!("{field} is empty")),
-        Some(Value::String(text)) => Ok(text.clone()),
-        Some(_) => Err(format!("{field} is no text")),
-    }
 }
 
 #[cfg(test)]

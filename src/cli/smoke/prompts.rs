@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{Context as _, anyhow};
 use serde_json::{Map, Value};
 
+use crate::cli::row;
 use crate::text::Language;
 
 /// The file of the repository, so that the binary needs no folder beside it.
@@ -62,14 +63,15 @@ fn parse(text: &str) -> Result<Vec<Prompt>, String> {
 
 fn one(entry: &Map<String, Value>) -> Result<Prompt, String> {
     let id = id(entry)?;
-    let language = language(entry, "language_code")?;
-    let named = self::language(entry, "language")?;
+    let language = row::language(entry, "language_code")?;
+    let named = row::language(entry, "language")?;
     if named != language {
         let (code, name) = (language.code(), named.title());
         return Err(format!("language is {name}, but language_code is {code}; make them the same"));
     }
-    let optional = |field| if entry.contains_key(field) { text(entry, field).map(Some) } else { Ok(None) };
-    let prompt = text(entry, "prompt")?;
+    let optional =
+        |field| if entry.contains_key(field) { row::text(entry, field).map(Some) } else { Ok(None) };
+    let prompt = row::text(entry, "prompt")?;
     let (reference, category) = (optional("reference")?, optional("category")?.unwrap_or_default());
     match entry.keys().find(|field| !FIELDS.contains(&field.as_str())) {
         Some(field) => Err(format!("{field} is no field; there are {}", FIELDS.join(", "))),
@@ -81,21 +83,7 @@ fn one(entry: &Map<String, Value>) -> Result<Prompt, String> {
 fn id(entry: &Map<String, Value>) -> Result<String, String> {
     match entry.get("id") {
         Some(Value::Number(number)) => Ok(number.to_string()),
-        _ => text(entry, "id"),
-    }
-}
-
-fn language(entry: &Map<String, Value>, field: &str) -> Result<Language, String> {
-    let text = text(entry, field)?;
-    text.parse().map_err(|error| format!("{field} is not known: {error}"))
-}
-
-fn text(entry: &Map<String, Value>, field: &str) -> Result<String, String> {
-    match entry.get(field) {
-        None => Err(format!("{field} is missing")),
-        Some(Value::String(text)) if text.trim().is_empty() => Err(format!("{field} is empty")),
-        Some(Value::String(text)) => Ok(text.clone()),
-        Some(_) => Err(format!("{field} is no text")),
+        _ => row::text(entry, "id"),
     }
 }
 
