@@ -92,7 +92,7 @@ ask() {
 }
 
 printf -- '-- schemathesis\n'
-ask "$root/tests/schemathesis.toml" 400
+ask "$root/tests/schemathesis.toml" 240
 
 # What it makes up names no job, no file and no adapter. Once more with those that are there.
 printf -- '-- schemathesis with names that exist\n'
@@ -113,6 +113,6 @@ done
     printf '"path.job_id" = "%s"\n"path.file_id" = "%s"\n"path.fine_tuning_job_id" = "%s"\n' "$job" "$file" "$tuning"
     printf '"path.name" = "known"\n"path.id" = "gurukul-demo"\n'
 } >known.toml
-ask known.toml 240 --max-examples 5 --include-path-regex '\{(job_id|file_id|fine_tuning_job_id|name|id)\}'
+ask known.toml 120 --max-examples 5 --include-path-regex '\{(job_id|file_id|fine_tuning_job_id|name|id)\}'
 stop
 printf 'check_api.sh: all passed in %d s\n' "$SECONDS"
